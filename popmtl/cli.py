@@ -1,0 +1,97 @@
+"""The command line: `popmtl train CONFIG [key.path=value …]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from popmtl import __version__
+from popmtl.errors import RequestError, RunError
+
+OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit code: 0, 1 for a failed run, 2 for a bad request, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    # A console script's path lacks the folder where it is called, and with it the user's own problem.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        train(options)
+    except RequestError as error:
+        print(f"popmtl: {error}", file=sys.stderr)
+        return BAD_REQUEST
+    except RunError as error:
+        print(f"popmtl: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("popmtl: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return OK
+
+
+def train(options: argparse.Namespace) -> None:
+    """`popmtl train`: checks everything, runs it, and prints the front."""
+    # Ray and torch take seconds to import, which --help and a misspelt option need not wait for.
+    from rich.console import Console
+
+    from popmtl.config import load_config
+    from popmtl.display import ProgressLine, print_front, print_plan, print_warnings
+    from popmtl.distributed import driver
+    from popmtl.distributed.placement import local_resources
+    from popmtl.distributed.plan import make_plan
+    from popmtl.runs.folder import RunFolder
+    from popmtl.tracking.links import run_url, server_command
+
+    if options.resume:
+        raise RequestError("--resume is reserved: this version cannot resume a run yet")
+    config = load_config(options.config, options.overrides)
+    if options.storage:
+        config = config.model_copy(update={"storage": options.storage})
+    console, name = Console(), Path(options.config).stem
+    if options.dry_run and not options.address:
+        print_plan(console, make_plan(config, local_resources()))
+        return
+    if not options.address:
+        make_plan(config, local_resources())  # what is wrong is said before Ray takes its seconds to start
+    with driver.cluster(options.address) as resources:
+        plan = make_plan(config, resources)
+        if options.dry_run:
+            print_plan(console, plan)
+            return
+        run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = RunFolder.create(config.storage, run_name)
+        folder.write_config(config.resolved())
+        console.print(f"run {folder.path}", highlight=False, soft_wrap=True)
+        print_warnings(console, plan.warnings)
+        with ProgressLine(console) as line:
+            report = driver.run(plan, folder.path, name, line.show)
+    print_front(console, report.front)
+    if report.fine_tuned:
+        kept = sum(one.kept for one in report.fine_tuned)
+        console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
+    for text in (f"picture {folder.pareto / 'front.png'}", f"models  {folder.pareto / 'models'}"):
+        console.print(text, highlight=False, soft_wrap=True)
+    print_warnings(console, [f"MLflow: {complaint}" for complaint in report.complaints])
+    if report.location:
+        if command := server_command(report.location.uri):
+            console.print(f"MLflow  {command}", highlight=False, soft_wrap=True)
+        console.print(f"then    {run_url(report.location)}", highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
+    parser.add_argument("--version", action="version", version=f"popmtl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")
+    command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    command.add_argument("--address", help="join the Ray cluster at this address, or auto; default: start one here")
+    command.add_argument("--run-name", help="name of the run and its folder; default: the config's name and the time")
+    command.add_argument("--storage", help="folder that holds the runs; default: the config's, or ./runs")
+    command.add_argument("--resume", metavar="RUN", help="reserved")
+    return parser

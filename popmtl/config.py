@@ -1,0 +1,310 @@
+"""The config of a run: YAML, read into typed models that refuse what they do not know."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from popmtl.errors import RequestError
+from popmtl.method.aligned_mtl import SCALES
+from popmtl.method.decomposition import MIN_WEIGHT
+from popmtl.method.mtgd import ORDERS
+from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
+from popmtl.method.transfer import KERNELS, SCHEDULES
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProblemConfig(BaseModel):
+    """Which problem: a built-in name or `package.module:Class`; all other keys are its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return dict(self.model_extra or {})
+
+
+class PopulationConfig(_Section):
+    """The decomposition: N subproblems and their weight vectors."""
+
+    subproblems: Annotated[int, Field(ge=1)] | None = None
+    weights: Literal["das_dennis", "energy"] | list[list[float]] = "das_dennis"
+    min_weight: Annotated[float, Field(ge=0, lt=0.5)] = MIN_WEIGHT
+
+    @model_validator(mode="after")
+    def _count(self) -> PopulationConfig:
+        listed = None if isinstance(self.weights, str) else len(self.weights)
+        if listed is None and self.subproblems is None:
+            raise ValueError("subproblems is missing: say how many, or list their weights")
+        if listed is not None and self.subproblems not in (None, listed):
+            raise ValueError(f"subproblems is {self.subproblems}, but {listed} weight vectors are listed")
+        return self
+
+
+class ScalarizationConfig(_Section):
+    """The scalarization of every subproblem; see `popmtl.method.scalarization`."""
+
+    name: Literal[SCALARIZATIONS] = "smooth_tchebycheff"  # type: ignore[valid-type]
+    mu: Annotated[float, Field(gt=0)] = 0.02
+    rho: Annotated[float, Field(ge=0)] = 0.05
+    theta: Annotated[float, Field(ge=0)] = 5.0
+    ideal_point: list[float] | None = None
+
+    def build(self) -> Scalarization:
+        """As the method takes it."""
+        return Scalarization(self.name, self.mu, self.rho, self.theta)
+
+
+class OptimizerConfig(BaseModel):
+    """A class of torch.optim; all other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "Adam"
+
+    @model_validator(mode="after")
+    def _constructs(self) -> OptimizerConfig:
+        cls = getattr(torch.optim, self.name, None)
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls in (Optimizer, torch.optim.LBFGS):
+            known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
+            raise ValueError(
+                f"torch.optim has no optimizer {self.name!r} that takes plain steps{nearest(self.name, known)}"
+            )
+        try:
+            self.build()([torch.zeros(2)])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.name} does not take these arguments: {error}") from error
+        return self
+
+    def build(self) -> partial[Optimizer]:
+        """Makes the optimizer of a list of rows."""
+        return partial(getattr(torch.optim, self.name), **(self.model_extra or {}))
+
+
+class LRScheduleConfig(BaseModel):
+    """A class of torch.optim.lr_scheduler, stepped at every step; all other keys are its arguments.
+
+    An argument given as the word `steps` becomes the number of steps of the stage.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @model_validator(mode="after")
+    def _constructs(self) -> LRScheduleConfig:
+        known = [
+            name
+            for name, cls in vars(torch.optim.lr_scheduler).items()
+            if isinstance(cls, type) and issubclass(cls, LRScheduler) and cls is not LRScheduler
+        ]
+        if self.name not in known:
+            raise ValueError(f"torch.optim.lr_scheduler has no {self.name!r}{nearest(self.name, known)}")
+        try:
+            self.build(1)(torch.optim.SGD([torch.zeros(2)], lr=1.0))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.name} does not take these arguments: {error}") from error
+        return self
+
+    def build(self, steps: int) -> partial[LRScheduler]:
+        """Makes the schedule of an optimizer, for a stage of so many steps."""
+        arguments = {key: steps if value == "steps" else value for key, value in (self.model_extra or {}).items()}
+        return partial(getattr(torch.optim.lr_scheduler, self.name), **arguments)
+
+
+class TrainConfig(_Section):
+    """The MTGD stage."""
+
+    steps: Annotated[int, Field(ge=0)] = 1000
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LRScheduleConfig | None = None
+    evaluate_every: Annotated[int, Field(ge=1)] = 50
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+class TransferConfig(_Section):
+    """The transfer coefficients, their schedule, and the transport that moves the rows."""
+
+    order: Literal[ORDERS] = "consensus"  # type: ignore[valid-type]
+    mix_moments: bool = False
+    kernel: Literal[KERNELS] = "gaussian"  # type: ignore[valid-type]
+    width: Annotated[float, Field(gt=0)] = 0.3
+    nearest: Annotated[int, Field(ge=1)] = 2
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.8
+    matrix: str | None = None
+    schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    transport: Literal["auto", "local", "coordinator"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransferConfig:
+        if self.mix_moments and self.order != "adapt_then_combine":
+            raise ValueError("mix_moments needs order: adapt_then_combine")
+        if self.schedule == "geometric" and self.final == 0:
+            raise ValueError("schedule geometric never reaches 0: give a final factor above it")
+        return self
+
+
+class FineTuneConfig(_Section):
+    """The Aligned-MTL stage, for each model alone; 0 steps leave it out."""
+
+    steps: Annotated[int, Field(ge=0)] = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_schedule: LRScheduleConfig | None = None
+    scale: Literal[SCALES] = "min"  # type: ignore[valid-type]
+    variant: Literal["exact", "ub"] = "exact"
+
+
+class ResourcesConfig(_Section):
+    """What each actor takes of the cluster, and how long things may take, in seconds."""
+
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    cpus_per_actor: Annotated[int, Field(ge=1)] = 1
+    max_actors: Annotated[int, Field(ge=1)] | None = None
+    start_timeout: Annotated[float, Field(gt=0)] = 120.0
+    chunk_timeout: Annotated[float, Field(gt=0)] = 600.0
+
+
+class FrontConfig(_Section):
+    """How the front is measured."""
+
+    reference_point: list[float] | None = None
+
+
+class TrackingConfig(_Section):
+    """MLflow. Without a uri: MLFLOW_TRACKING_URI, or else an SQLite file in the storage folder."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str | None = None
+    models: Literal["front", "all", "none"] = "front"
+
+
+def _none_means_no_transfer(value: Any) -> Any:
+    return {"strength": 0.0} if value in (None, "none") else value
+
+
+class Config(_Section):
+    """The config of one run."""
+
+    problem: ProblemConfig
+    population: PopulationConfig
+    scalarization: ScalarizationConfig = ScalarizationConfig()
+    train: TrainConfig = TrainConfig()
+    transfer: Annotated[TransferConfig, BeforeValidator(_none_means_no_transfer)] = TransferConfig()
+    fine_tune: FineTuneConfig = FineTuneConfig()
+    front: FrontConfig = FrontConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    storage: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @field_validator("problem", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data that makes this config again."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file and applies `key.path=value` overrides, their values read as YAML.
+
+    Raises:
+        RequestError: no such file, not YAML, or keys and values that the config does not take, all of them listed.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise RequestError(f"config {path}: {error.strerror or error}") from error
+    try:
+        data = _read_yaml(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"config {path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"config {path}: expected keys and values, found {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [_describe(details) for details in error.errors()]
+        raise RequestError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`: did you mean …?` for a name that is close to a known one, or nothing."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {match[0]}?" if match else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RequestError(f"override {override!r}: write key.path=value, such as train.steps=100")
+    *parents, last = path.split(".")
+    for depth, key in enumerate(parents, 1):
+        if isinstance(data.get(key), str) and key == "problem":
+            data[key] = {"name": data[key]}
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise RequestError(f"override {override!r}: {'.'.join(parents[:depth])} holds a value, not keys")
+    try:
+        data[last] = _read_yaml(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _describe(details: Any) -> str:
+    """One line for one complaint of pydantic: the key's path, what is wrong, what would be right."""
+    location = [str(part) for part in details["loc"] if not str(part).startswith(("list[", "literal["))]
+    key = ".".join(location)
+    if details["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(location[-1], _keys_at(location[:-1]))}"
+    if details["type"] == "missing":
+        return f"{key}: missing"
+    message = details["msg"]
+    own = message.removeprefix("Value error, ")
+    message = own if own != message else message[0].lower() + message[1:]
+    given = details["input"]
+    return f"{key}: {message}" + ("" if isinstance(given, dict | BaseModel) else f", not {given!r}")
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for key in path:
+        annotation = model.model_fields[key].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)

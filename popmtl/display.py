@@ -1,0 +1,132 @@
+"""What a run shows: its plan, its progress, its front."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from popmtl.distributed.coordinator import Progress
+from popmtl.distributed.plan import RunPlan
+from popmtl.runs.results import Front
+
+LINE_SECONDS = 10.0
+"""Between two progress lines where there is no terminal."""
+
+
+class ProgressLine:
+    """A live line on a terminal; elsewhere a plain line every ten seconds and at each new stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        self.stage: str | None = None
+        self.shown = 0.0
+
+    def __enter__(self) -> ProgressLine:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Shows where the run stands."""
+        line = progress_text(progress)
+        if self.live:
+            self.live.update(line, refresh=True)
+        elif progress.stage != self.stage or time.monotonic() - self.shown >= LINE_SECONDS:
+            self.console.print(line, highlight=False, soft_wrap=True)
+            self.stage, self.shown = progress.stage, time.monotonic()
+
+
+def progress_text(progress: Progress) -> str:
+    """One line: stage, step, losses, hypervolume, speed and time left, as far as they are known."""
+    parts = [f"{progress.stage} {progress.step}/{progress.steps}" if progress.steps else progress.stage]
+    if progress.losses:
+        parts.append(f"loss {progress.losses[0]:.4g} to {progress.losses[1]:.4g}")
+    if progress.hypervolume is not None:
+        parts.append(f"hypervolume {progress.hypervolume:.5g}")
+    if progress.steps_per_second:
+        parts.append(f"{progress.steps_per_second:.3g} steps/s")
+    if progress.seconds_left is not None:
+        minutes, seconds = divmod(round(progress.seconds_left), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    return " · ".join(parts)
+
+
+def print_plan(console: Console, plan: RunPlan) -> None:
+    """The plan as `--dry-run` shows it."""
+    config = plan.config
+    dtype = str(plan.recipe.dtype).removeprefix("torch.")
+    lines = [
+        ("problem", f"{config.problem.name}: {', '.join(plan.objectives)}"),
+        ("subproblems", f"{len(plan.W)}, {config.scalarization.name}"),
+        ("steps", f"{len(plan.factors)} MTGD" + (f", {plan.aligned.steps} Aligned-MTL" if plan.aligned else "")),
+        ("actors", plan.placement.describe()),
+        ("rows per actor", ", ".join(str(len(rows)) for rows in plan.placement.rows)),
+        ("GPUs", f"{len(plan.placement.rows) * plan.placement.gpus:g}"),
+        ("transport", f"{plan.transport}, {config.transfer.order}" if plan.transfers else "none: nothing transfers"),
+        ("parameters", f"{plan.parameters:,} a model, {plan.transferring:,} of them transfer, {dtype}"),
+        ("moved per step", _bytes(plan.bytes_moved_per_step())),
+        ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
+    ]
+    if plan.aligned and plan.aligned.variant == "exact":
+        lines.insert(8, ("aligned", f"{plan.shared:,} shared parameters"))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in lines:
+        grid.add_row(name, value)
+    console.print(grid)
+    table = Table(title="weight vectors and transfer", title_justify="left")
+    table.add_column("subproblem", justify="right")
+    for objective in plan.objectives:
+        table.add_column(f"w {objective}", justify="right")
+    table.add_column("kept of its own", justify="right")
+    table.add_column("takes most from", justify="right")
+    for i, (w, row) in enumerate(zip(plan.W, plan.M, strict=True)):
+        others = sorted((j for j in range(len(row)) if j != i and row[j] > 0), key=lambda j: -row[j])[:2]
+        takes = ", ".join(f"{j} ({row[j]:.2f})" for j in others) if plan.transfers else ""
+        table.add_row(str(i), *(f"{x:.3f}" for x in w), f"{row[i]:.2f}" if plan.transfers else "1.00", takes or "–")
+    console.print(table)
+    print_warnings(console, plan.warnings)
+
+
+def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+    """One line each."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+
+
+def print_front(console: Console, front: Front) -> None:
+    """The front as a table; dominated members are dimmed."""
+    point = ", ".join(f"{x:.3g}" for x in front.reference_point)
+    size = sum(member.non_dominated for member in front.members)
+    title = f"Pareto front on the test split: hypervolume {front.hypervolume:.5g} at ({point}), {size} non-dominated"
+    table = Table(title=title, title_justify="left")
+    metrics = list(front.members[0].metrics)
+    table.add_column("subproblem", justify="right")
+    for name in (*(f"w {objective}" for objective in front.objectives), *front.objectives, *metrics):
+        table.add_column(name, justify="right")
+    table.add_column("stage")
+    table.add_column("front")
+    for member in front.members:
+        figures = [f"{x:.3f}" for x in member.weights]
+        figures += [f"{x:.4g}" for x in (*member.objectives, *(member.metrics[name] for name in metrics))]
+        mark = "*" if member.non_dominated else "dominated"
+        table.add_row(
+            str(member.subproblem), *figures, member.stage, mark, style=None if member.non_dominated else "dim"
+        )
+    console.print(table)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,365 @@
+"""The actor that owns the run: its course, its actors, its folder, and MLflow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from popmtl.distributed.mixing.coordinator import Exchange
+from popmtl.distributed.plan import RunPlan
+from popmtl.distributed.subproblem import Steps, SubproblemActor
+from popmtl.errors import RunError
+from popmtl.method.course import Course
+from popmtl.method.fine_tuning import FineTuned
+from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.population import objective_matrix
+from popmtl.method.problem import Evaluation
+from popmtl.problems.registry import load_problem
+from popmtl.runs.folder import RunFolder
+from popmtl.runs.results import Front, Member, load_model, model_file, write_front, write_model
+from popmtl.tracking.links import Location
+from popmtl.tracking.mlflow_sink import MlflowSink, Status
+
+Stage = Literal["starting", "training", "fine-tuning", "writing results"]
+
+CHUNK_SECONDS = 1.0
+"""Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
+
+CLOSE_SECONDS = 5.0
+"""How long an interrupted or failed run waits for MLflow."""
+
+_Actor: Any = ray.remote(SubproblemActor)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: what it is doing.
+        step: steps done in this stage.
+        steps: of the stage.
+        hypervolume: of the last evaluation on the validation split; None before the first.
+        losses: least and greatest training loss of the last chunk; None before it.
+        steps_per_second: in this stage; None at its start.
+    """
+
+    stage: Stage
+    step: int
+    steps: int
+    hypervolume: float | None = None
+    losses: tuple[float, float] | None = None
+    steps_per_second: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of this stage, at its speed so far."""
+        return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run leaves.
+
+    Attributes:
+        front: the Pareto set, evaluated on the test split.
+        fine_tuned: what Aligned-MTL did to each model; empty without that stage.
+        location: the run in MLflow; None without tracking, or where MLflow could not be reached.
+        complaints: what could not be logged to MLflow.
+    """
+
+    front: Front
+    fine_tuned: Sequence[FineTuned]
+    location: Location | None
+    complaints: Sequence[str]
+
+
+class Coordinator:
+    """Runs a plan. An asynchronous actor, so that `exchange` and `progress` are answered while `run` waits."""
+
+    def __init__(self, plan: RunPlan, folder: Path, config_name: str) -> None:
+        self.plan, self.folder, self.config_name = plan, RunFolder(folder), config_name
+        self.course = Course(
+            plan.M, plan.factors, plan.config.train.evaluate_every, plan.ideal_point, plan.reference_point
+        )
+        self.now = Progress("starting", 0, 0)
+        self.mixing = Exchange(len(plan.placement.rows))
+        self.actors: list[ActorHandle[Any]] = []
+        self.group: PlacementGroup | None = None
+        self.sink: MlflowSink | None = None
+        self.task: asyncio.Task[Report] | None = None
+
+    async def run(self) -> Report:
+        """The whole run; its end, however it comes, is in the run folder and in MLflow.
+
+        Raises:
+            RunError: it failed; the message names the cause.
+            asyncio.CancelledError: it was stopped.
+        """
+        self.folder.append_event("started", actors=self.plan.placement.describe(), transport=self.plan.transport)
+        self.task = asyncio.ensure_future(self._stages())
+        try:
+            report = await self.task
+        except asyncio.CancelledError:
+            self.folder.append_event("interrupted", step=self.course.step)
+            await self._end("KILLED", CLOSE_SECONDS)
+            raise
+        except Exception as error:  # noqa: BLE001  # of a user's problem, of Ray, of ours: each is recorded, and fails the run
+            reason = describe_failure(error)
+            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=traceback.format_exc())
+            await self._end("FAILED", CLOSE_SECONDS)
+            raise RunError(reason) from None
+        complaints = await self._end("FINISHED")
+        self.folder.append_event("finished", hypervolume=report.front.hypervolume, tracking=complaints)
+        return replace(report, location=self.sink.location if self.sink else None, complaints=complaints)
+
+    async def exchange(
+        self, number: int, rank: int, rows: NDArray[Any], M_rows: NDArray[Any], timeout: float
+    ) -> NDArray[Any]:
+        """The data plane of the coordinator transport; see `Exchange.mix`."""
+        return await self.mixing.mix(number, rank, rows, M_rows, timeout)
+
+    async def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.now
+
+    async def stop(self) -> None:
+        """Ends the run as interrupted; `run` raises CancelledError."""
+        if self.task:
+            self.task.cancel()
+
+    async def _stages(self) -> Report:
+        if self.plan.config.tracking.enabled:
+            self.sink = MlflowSink.open(
+                self.plan.config.tracking,
+                self.folder,
+                self.plan.config.resolved(),
+                self.plan.objectives,
+                self.plan.W,
+                len(self.plan.factors) + (self.plan.aligned.steps if self.plan.aligned else 0),
+                self.config_name,
+            )
+        await self._start_actors()
+        await self._train()
+        fine_tuned = await self._fine_tune() if self.plan.aligned else []
+        return await self._write_results(fine_tuned)
+
+    async def _start_actors(self) -> None:
+        placement = self.plan.placement
+        bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
+        self.group = placement_group([bundle] * len(placement.rows), strategy="PACK")
+        limit = self.plan.config.resources.start_timeout
+        try:
+            await asyncio.wait_for(_awaitable(self.group.ready()), limit)
+        except asyncio.TimeoutError:
+            raise RunError(
+                f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
+                f"free now: {_resources(ray.available_resources())}"
+            ) from None
+        for rank in range(len(placement.rows)):
+            scheduling = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
+            options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
+            self.actors.append(_Actor.options(**options).remote(rank))
+        me = ray.get_runtime_context().current_actor
+        await self._all("setup", self.plan, me, timeout=limit, setting="start_timeout")
+
+    async def _train(self) -> None:
+        self._enter("training", len(self.plan.factors))
+        await self._observe()
+        longest, start = 1, time.monotonic()
+        while chunk := self.course.next_chunk(longest):
+            steps: list[Steps] = await self._all("run_steps", chunk)
+            longest = max(1, round(CHUNK_SECONDS * len(chunk) / max(step.seconds for step in steps)))
+            due = self.course.advance(chunk)
+            self._took(self.course.step, start, steps, chunk.first)
+            if due:
+                await self._observe()
+
+    async def _observe(self) -> None:
+        seen = self.course.observe(objective_matrix(await self._evaluations("validation")))
+        self.now = replace(self.now, hypervolume=seen.hypervolume)
+        self.folder.append_metrics(
+            {
+                "stage": "mtgd",
+                "step": seen.step,
+                "hypervolume": seen.hypervolume,
+                "front_size": seen.front_size,
+                "validation": seen.F.tolist(),
+            }
+        )
+        if self.sink:
+            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F)
+
+    async def _fine_tune(self) -> list[FineTuned]:
+        assert self.plan.aligned is not None
+        trained, total = len(self.plan.factors), self.plan.aligned.steps
+        self._enter("fine-tuning", total)
+        await self._all("start_fine_tuning", self.course.ideal)
+        done, longest, start = 0, 1, time.monotonic()
+        while done < total:
+            n = min(longest, total - done)
+            steps: list[Steps] = await self._all("fine_tune_steps", trained + done, n)
+            longest = max(1, round(CHUNK_SECONDS * n / max(step.seconds for step in steps)))
+            done += n
+            self._took(done, start, steps, trained + done - n)
+        fine_tuned: list[FineTuned] = _in_order(await self._all("finish_fine_tuning"))
+        F = objective_matrix([one.evaluation for one in fine_tuned])
+        assert self.course.reference_point is not None  # the run has been observed
+        volume = hypervolume(F, self.course.reference_point)
+        self.now = replace(self.now, hypervolume=volume)
+        self.folder.append_metrics(
+            {
+                "stage": "aligned_mtl",
+                "step": trained + total,
+                "hypervolume": volume,
+                "front_size": int(non_dominated(F).sum()),
+                "validation": F.tolist(),
+                "scalarized_before": [one.before for one in fine_tuned],
+                "scalarized_after": [one.after for one in fine_tuned],
+                "kept": [one.kept for one in fine_tuned],
+                "condition": [one.condition for one in fine_tuned],
+                "cosine": [one.cosine for one in fine_tuned],
+                "magnitude_similarity": [one.magnitude_similarity for one in fine_tuned],
+            }
+        )
+        if self.sink:
+            self.sink.log_evaluation(trained + total, volume, int(non_dominated(F).sum()), F)
+        return fine_tuned
+
+    async def _write_results(self, fine_tuned: Sequence[FineTuned]) -> Report:
+        self._enter("writing results", 0)
+        plan = self.plan
+        evaluations = await self._evaluations("test")
+        for rank, rows in enumerate(plan.placement.rows):
+            for i, subproblem in enumerate(rows):  # one at a time: the whole population may not fit in here
+                state = await self._within(_awaitable(self.actors[rank].state.remote(i)), rank, "state")
+                tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+                await asyncio.to_thread(write_model, self.folder, subproblem, tensors)
+        F = objective_matrix(evaluations)
+        assert self.course.reference_point is not None
+        front = Front(
+            objectives=list(plan.objectives),
+            reference_point=self.course.reference_point.tolist(),
+            hypervolume=hypervolume(F, self.course.reference_point),
+            seed=plan.recipe.seed,
+            steps=len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
+            members=[
+                Member(
+                    subproblem=i,
+                    weights=plan.W[i].tolist(),
+                    objectives=F[i].tolist(),
+                    metrics=evaluations[i].metrics,
+                    stage="aligned_mtl" if fine_tuned and fine_tuned[i].kept else "mtgd",
+                    non_dominated=bool(best),
+                    model=model_file(i),
+                )
+                for i, best in enumerate(non_dominated(F))
+            ],
+        )
+        await asyncio.to_thread(write_front, self.folder, front)
+        if self.sink:
+            problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
+            self.sink.log_front(
+                front,
+                self.folder,
+                plan.config.tracking.models,
+                lambda subproblem: load_model(self.folder.path, subproblem),
+                problem.example_input(),
+            )
+        return Report(front, fine_tuned, None, ())
+
+    async def _end(self, status: Status, timeout: float = 600.0) -> list[str]:
+        """Lets go of the actors and closes MLflow's runs; what could not be logged."""
+        self.mixing.fail("the run has ended")
+        for actor in self.actors:
+            ray.kill(actor)
+        if self.group:
+            remove_placement_group(self.group)
+        return await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+
+    async def _evaluations(self, split: str) -> list[Evaluation]:
+        return _in_order(await self._all("evaluate", split))
+
+    async def _all(
+        self, method: str, *arguments: Any, timeout: float | None = None, setting: str = "chunk_timeout"
+    ) -> list[Any]:
+        """Calls a method on every actor; the first failure ends the wait and is the one that counts."""
+        shared = [ray.put(argument) for argument in arguments]
+        calls = [
+            asyncio.ensure_future(
+                self._within(_awaitable(getattr(actor, method).remote(*shared)), rank, method, timeout, setting)
+            )
+            for rank, actor in enumerate(self.actors)
+        ]
+        done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
+        failures = [error for call in done if (error := call.exception())]
+        if failures:
+            self.mixing.fail("another actor failed")
+            for call in pending:
+                call.cancel()
+            # An actor that waits for a failed one times out: that is never the cause while there is another.
+            raise min(failures, key=lambda error: isinstance(error, TimeoutError | GetTimeoutError))
+        return [call.result() for call in calls]
+
+    async def _within(
+        self, call: Any, rank: int, method: str, timeout: float | None = None, setting: str = "chunk_timeout"
+    ) -> Any:
+        limit = self.plan.config.resources.chunk_timeout if timeout is None else timeout
+        rows = self.plan.placement.rows[rank]
+        name = f"actor {rank} (subproblems {rows.start} to {rows.stop - 1})"
+        try:
+            return await asyncio.wait_for(call, limit)
+        except asyncio.TimeoutError:
+            raise RunError(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
+        except ActorDiedError as error:
+            raise RunError(f"{name} died: {error}") from error
+
+    def _enter(self, stage: Stage, steps: int) -> None:
+        self.now = replace(self.now, stage=stage, step=0, steps=steps, steps_per_second=None)
+
+    def _took(self, step: int, start: float, steps: Sequence[Steps], first: int) -> None:
+        losses = np.concatenate([taken.losses for taken in steps], axis=1)
+        self.now = replace(
+            self.now,
+            step=step,
+            losses=(float(losses.min()), float(losses.max())),
+            steps_per_second=step / (time.monotonic() - start),
+        )
+        if self.sink:
+            self.sink.log_training_losses(np.arange(first, first + len(losses)) + 1, losses)
+
+
+def describe_failure(error: BaseException) -> str:
+    """The cause of a failure in one line, without the layers that it came through."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RunError | FloatingPointError | ValueError | TimeoutError):
+        return str(cause)
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _in_order(results: Sequence[Sequence[Any]]) -> list[Any]:
+    """One list over all rows, from one list for each actor."""
+    return [one for block in results for one in block]
+
+
+async def _awaitable(reference: Any) -> Any:
+    """A Ray reference as a coroutine, which asyncio can put a time limit on."""
+    return await reference
+
+
+def _resources(resources: dict[str, Any]) -> str:
+    return f"{resources.get('CPU', 0):g} CPU, {resources.get('GPU', 0):g} GPU"

@@ -1,0 +1,99 @@
+"""The driver: starts or joins Ray, hands the plan to a coordinator, watches it, and cleans up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from popmtl.distributed.coordinator import Coordinator, Progress, Report, describe_failure
+from popmtl.distributed.plan import RunPlan
+from popmtl.errors import RequestError, RunError
+
+_Coordinator: Any = ray.remote(Coordinator)
+
+POLL_SECONDS = 0.5
+STOP_SECONDS = 6.0
+
+
+@contextmanager
+def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[str, float]]:
+    """A Ray session, local or joined, and the cluster's total resources; ended on leaving.
+
+    Args:
+        address: of a running Ray ("auto" finds the one on this machine); None starts one here.
+        cpus: of a local Ray; None takes all of this machine's.
+
+    Raises:
+        RequestError: there is no Ray at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers import the user's problem from where the command was given, as the driver does.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env=environment,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def run(plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress], None]) -> Report:
+    """Runs a plan on the Ray that is connected, and shows its progress.
+
+    Raises:
+        RunError: the run failed.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
+    """
+    coordinator = _Coordinator.options(num_cpus=0).remote(plan, folder, config_name)
+    ending = coordinator.run.remote()
+    try:
+        with _signals_interrupt():
+            while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
+                show(_progress(coordinator))
+            report: Report = ray.get(ending)
+            return report
+    except KeyboardInterrupt:
+        coordinator.stop.remote()
+        ray.wait([ending], timeout=STOP_SECONDS)
+        raise
+    except RayTaskError as error:
+        raise RunError(describe_failure(error)) from error
+    except RayActorError as error:
+        raise RunError(f"the coordinator died: {error}") from error
+    finally:
+        ray.kill(coordinator)
+
+
+def _progress(coordinator: Any) -> Progress:
+    progress: Progress = ray.get(coordinator.progress.remote(), timeout=60)
+    return progress
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

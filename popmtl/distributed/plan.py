@@ -1,0 +1,263 @@
+"""The plan of a run: everything that is decided, and checked, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from popmtl.config import Config
+from popmtl.distributed.placement import Placement, place
+from popmtl.errors import RequestError
+from popmtl.method.decomposition import check_weights, weight_vectors
+from popmtl.method.fine_tuning import AlignedRecipe, shared_parameters
+from popmtl.method.flat import Layout
+from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
+from popmtl.method.problem import Problem, to_model
+from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
+from popmtl.problems.registry import load_problem
+
+Matrix = NDArray[np.float64]
+Transport = Literal["local", "coordinator"]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do.
+
+    Attributes:
+        config: as given.
+        objectives: the m names.
+        W: weight vectors, (N, m).
+        M: transfer coefficients, (N, N).
+        factors: σ_t of each MTGD step.
+        recipe: of the MTGD stage.
+        aligned: of the fine-tuning stage, or None.
+        ideal_point: of the scalarization; None: tracked.
+        reference_point: of the hypervolume; None: derived from the first evaluation.
+        parameters: D, the length of a row.
+        transferring: S ≤ D, the columns that transfer.
+        shared: how many columns Aligned-MTL aligns; 0 without the stage or in its UB variant.
+        placement: actors and their rows.
+        transport: that moves the rows.
+        warnings: what is allowed, and may yet be a mistake.
+    """
+
+    config: Config
+    objectives: tuple[str, ...]
+    W: Matrix
+    M: Matrix
+    factors: Matrix
+    recipe: Recipe
+    aligned: AlignedRecipe | None
+    ideal_point: tuple[float, ...] | None
+    reference_point: tuple[float, ...] | None
+    parameters: int
+    transferring: int
+    shared: int
+    placement: Placement
+    transport: Transport
+    warnings: tuple[str, ...]
+
+    @property
+    def transfers(self) -> bool:
+        """Whether any step moves rows."""
+        return self.transferring > 0 and bool(self.factors.any()) and not np.array_equal(self.M, np.eye(len(self.M)))
+
+    def bytes_moved_per_step(self) -> int:
+        """Bytes that all actors together send and receive for the transfer of one step."""
+        if self.transport == "local" or not self.transfers:
+            return 0
+        tensors = 1 + (optimizer_moments(self.recipe) if self.recipe.mix_moments else 0)
+        return 2 * len(self.W) * self.transferring * tensors * self.recipe.dtype.itemsize
+
+    def memory_per_actor(self) -> int:
+        """Bytes that the largest block takes for its rows, gradients, moments and mixing; activations come on top."""
+        k = max(len(rows) for rows in self.placement.rows)
+        copies = 2 + optimizer_moments(self.recipe) + (2 if self.transfers else 0)
+        task_gradients = len(self.objectives) if self.aligned and self.aligned.variant == "exact" else 0
+        return (k * copies + task_gradients) * self.parameters * self.recipe.dtype.itemsize
+
+
+def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
+    """Decides and checks everything; builds the problem and runs its losses once, in this process.
+
+    Args:
+        config: of the run.
+        available: the cluster's total resources, see `place`.
+
+    Raises:
+        RequestError: whatever is wrong with the request, naming the key or the problem.
+    """
+    problem = load_problem(config.problem.name, config.problem.parameters)
+    objectives = tuple(problem.objectives)
+    m = len(objectives)
+    if m < 2 or len(set(objectives)) != m:
+        raise RequestError(
+            f"problem {config.problem.name}: needs two or more objectives of different names: {objectives}"
+        )
+    W = _about("population", lambda: _weights(config, m))
+    M = _about("transfer", lambda: _coefficients(config, W))
+    recipe = Recipe(
+        optimizer=config.train.optimizer.build(),
+        lr_schedule=config.train.lr_schedule.build(config.train.steps) if config.train.lr_schedule else None,
+        scalarization=config.scalarization.build(),
+        order=config.transfer.order,
+        mix_moments=config.transfer.mix_moments,
+        dtype=torch.float64 if config.train.dtype == "float64" else torch.float32,
+        seed=config.seed,
+    )
+    fine = config.fine_tune
+    aligned = None
+    if fine.steps:
+        schedule = fine.lr_schedule.build(fine.steps) if fine.lr_schedule else None
+        aligned = AlignedRecipe(fine.steps, fine.optimizer.build(), schedule, fine.scale, fine.variant)
+    layout, shared = check_problem(config.problem.name, problem, recipe, aligned)
+    placement = _placement(config, len(W), available)
+    warnings = []
+    if recipe.order == "consensus" and may_diverge(M):
+        warnings.append(
+            f"transfer.strength: some m_ii is {np.diag(M).min():.2f}, below 1/2, where the consensus order can diverge "
+            "at a high learning rate; order adapt_then_combine is stable there"
+        )
+    if recipe.scalarization.name == "weighted_sum":
+        warnings.append("scalarization weighted_sum finds only the ends of a concave front")
+    return RunPlan(
+        config=config,
+        objectives=objectives,
+        W=W,
+        M=M,
+        factors=schedule_factors(config.transfer.schedule, config.train.steps, config.transfer.final),
+        recipe=recipe,
+        aligned=aligned,
+        ideal_point=_point("scalarization.ideal_point", config.scalarization.ideal_point, problem.ideal_point, m),
+        reference_point=_point("front.reference_point", config.front.reference_point, problem.reference_point, m),
+        parameters=layout.size,
+        transferring=layout.transferring,
+        shared=shared,
+        placement=placement,
+        transport="local" if len(placement.rows) == 1 else "coordinator",
+        warnings=tuple(warnings),
+    )
+
+
+def check_problem(
+    name: str, problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None = None
+) -> tuple[Layout, int]:
+    """Builds the problem's model and takes its losses once, on a training and a validation batch.
+
+    Returns:
+        The layout of a row, and the number of columns that Aligned-MTL would align.
+
+    Raises:
+        RequestError: naming the problem and what it does wrong.
+    """
+    try:
+        model = initial_model(problem, recipe.seed, recipe.dtype)
+        layout = Layout.of(model, problem.transfers)
+        batch = to_model(next(problem.batches(subproblem_seed(recipe.seed, 0))), next(model.parameters()))
+        losses = problem.losses(model, batch)
+        _check_losses(losses, problem)
+        shared = 0
+        if aligned and aligned.variant == "exact":
+            with torch.no_grad():  # away from initial zeros, behind which a loss would seem to reach nothing
+                for p in model.parameters():
+                    p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype))
+            shared = int(layout.columns(shared_parameters(problem, model, batch)).sum())
+        elif aligned:
+            _check_losses(problem.losses_at(model, problem.representation(model, batch), batch), problem)
+        evaluation = problem.evaluate(model, "validation")
+        if missing := set(problem.metrics) - set(evaluation.metrics):
+            raise ValueError(f"measure does not return {sorted(missing)[0]}, which metrics names")
+    except RequestError:
+        raise
+    except StopIteration as error:
+        raise RequestError(f"problem {name}: its training batches ended; the stream must be endless") from error
+    except Exception as error:  # whatever a user's problem raises is about the problem
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise RequestError(f"problem {name}: {kind}{error}") from error
+    return layout, shared
+
+
+def optimizer_moments(recipe: Recipe) -> int:
+    """How many tensors of a row's length the optimizer keeps, found by one step on a row of two entries."""
+    row = torch.zeros(2, dtype=recipe.dtype)
+    row.grad = torch.ones_like(row)
+    optimizer = recipe.optimizer([row])
+    optimizer.step()
+    return sum(1 for value in optimizer.state[row].values() if isinstance(value, Tensor) and value.shape == row.shape)
+
+
+def _check_losses(losses: object, problem: Problem) -> None:
+    m = len(problem.objectives)
+    if not isinstance(losses, Tensor) or losses.shape != (m,):
+        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"losses must return one tensor of shape ({m},), for {', '.join(problem.objectives)}; got {got}"
+        )
+    for objective, value in zip(problem.objectives, losses.tolist(), strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"objective {objective} is {value} at the initial model")
+    if not losses.requires_grad:
+        raise ValueError("the losses do not depend on the model's parameters")
+
+
+def _weights(config: Config, objectives: int) -> Matrix:
+    population = config.population
+    if not isinstance(population.weights, str):
+        return check_weights(population.weights, objectives)
+    assert population.subproblems is not None  # the config has checked it
+    return weight_vectors(population.subproblems, objectives, population.weights, population.min_weight)
+
+
+def _coefficients(config: Config, W: Matrix) -> Matrix:
+    transfer = config.transfer
+    if transfer.matrix is None:
+        return kernel_coefficients(W, transfer.kernel, transfer.strength, transfer.width, transfer.nearest)
+    path = Path(transfer.matrix)
+    try:
+        M = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",", ndmin=2)
+    except OSError as error:
+        raise ValueError(f"matrix {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"matrix {path}: not a .npy or comma-separated matrix: {error}") from error
+    return check_coefficients(np.asarray(M, dtype=np.float64), len(W))
+
+
+def _point(
+    key: str, given: Sequence[float] | None, of_problem: Sequence[float] | None, objectives: int
+) -> tuple[float, ...] | None:
+    point = given if given is not None else of_problem
+    if point is None:
+        return None
+    values = tuple(float(x) for x in point)
+    if len(values) != objectives or not np.isfinite(values).all():
+        raise RequestError(f"{key}: {list(values)} must be {objectives} finite numbers")
+    return values
+
+
+def _placement(config: Config, subproblems: int, available: Mapping[str, float]) -> Placement:
+    """Actors and rows; the local transport needs one actor that holds every row."""
+    resources = config.resources
+    if config.transfer.transport == "local":
+        if (resources.max_actors or 1) > 1:
+            raise RequestError(
+                f"transfer.transport: local needs one actor with every row, and resources.max_actors is "
+                f"{resources.max_actors}"
+            )
+        resources = resources.model_copy(update={"max_actors": 1})
+    return place(subproblems, resources, available)
+
+
+def _about(key: str, make: Callable[[], Matrix]) -> Matrix:
+    """What `make` returns; its complaint, if it has one, with the key that it is about."""
+    try:
+        return make()
+    except ValueError as error:
+        raise RequestError(f"{key}: {error}") from error

@@ -1,0 +1,9 @@
+"""The two ways in which PopMTL says no. The command line turns them into exit codes."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be carried out as it stands: a bad config, problem or path. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that started and failed. Exit code 1."""

@@ -1,0 +1,189 @@
+"""The last stage: each model, alone, trained on by Aligned-MTL for its own weight vector (arXiv 2305.19000)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from popmtl.method.aligned_mtl import Aligned, align
+from popmtl.method.mtgd import Block
+from popmtl.method.problem import Evaluation, Problem, to_model
+
+Variant = Literal["exact", "ub"]
+VARIANTS: tuple[Variant, ...] = ("exact", "ub")
+
+
+@dataclass(frozen=True)
+class AlignedRecipe:
+    """How the stage trains.
+
+    Attributes:
+        steps: per model, ≥ 0.
+        optimizer: as in `Recipe`; a new one, since the updates differ in size from those of MTGD.
+        lr_schedule: as in `Recipe`.
+        scale: size of the aligned gradients, see `aligned_coefficients`.
+        variant: "exact" aligns gradients of the shared parameters, one backward pass a task; "ub" those of the shared
+            representation, one backward pass through the encoder.
+    """
+
+    steps: int
+    optimizer: Callable[[list[Tensor]], Optimizer]
+    lr_schedule: Callable[[Optimizer], LRScheduler] | None = None
+    scale: str = "min"
+    variant: Variant = "exact"
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What the stage did to one model, all on the validation split.
+
+    Attributes:
+        before: scalarized value before the stage.
+        after: and after it.
+        kept: whether the fine-tuned model was kept: where it is worse, the model from before stands again.
+        evaluation: of the model that stands.
+        condition: median condition number of the task gradients over the steps, before alignment; None without steps.
+        cosine: median of their least pairwise cosine.
+        magnitude_similarity: median of their least pairwise magnitude similarity.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    evaluation: Evaluation
+    condition: float | None
+    cosine: float | None
+    magnitude_similarity: float | None
+
+
+class FineTuning:
+    """The stage for the rows of a block: create it, `run` the steps in as many pieces as you like, `finish`."""
+
+    def __init__(self, block: Block, recipe: AlignedRecipe, ideal: NDArray[np.float64]) -> None:
+        self.block, self.recipe = block, recipe
+        self.ideal = torch.as_tensor(ideal)
+        self.before = block.evaluate("validation")
+        self.saved = [{k: v.clone() for k, v in model.state_dict().items()} for model in block.models]
+        self.optimizer, self.lr_schedule = block.new_optimizer(recipe.optimizer, recipe.lr_schedule)
+        if recipe.variant == "exact":
+            # A stream of its own: the rows' data must not depend on how they are spread over blocks.
+            batch = to_model(next(block.problem.batches(block.seeds[0])), block.rows)
+            names = shared_parameters(block.problem, block.models[0], batch)
+            self.shared = block.layout.columns(names).to(block.rows.device)
+        self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
+
+    def run(self, first: int, steps: int) -> NDArray[np.float64]:
+        """Takes steps first … first+steps−1 of the stage; returns their training losses, shape (steps, k, m).
+
+        Raises:
+            FloatingPointError: a loss or a task's gradient that is not finite, naming the task.
+        """
+        losses = [self.step(t) for t in range(first, first + steps)]
+        return torch.stack(losses).double().cpu().numpy()
+
+    def step(self, t: int) -> Tensor:
+        """One aligned step of every row; returns the losses, shape (k, m)."""
+        block, losses = self.block, []
+        block.gradients.zero_()
+        for i in range(len(block.models)):
+            batch = block.draw(i, t)
+            f, aligned = self.align_ub(i, batch) if self.recipe.variant == "ub" else self.align_exact(i, batch)
+            self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
+            losses.append(f)
+        stacked = torch.stack(losses)
+        block.check_finite(stacked, t)
+        self.optimizer.step()
+        if self.lr_schedule:
+            self.lr_schedule.step()
+        block.project()
+        return stacked
+
+    def align_exact(self, i: int, batch: Any) -> tuple[Tensor, Aligned]:
+        """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
+        block = self.block
+        f = block.problem.losses(block.models[i], batch)
+        G = task_gradients(f, block.models[i], block)
+        aligned = align(G[:, self.shared], block.weights[i], self.recipe.scale, block.problem.objectives)
+        block.gradients[i] = G.sum(0)
+        block.gradients[i, self.shared] = aligned.update
+        return f.detach(), aligned
+
+    def align_ub(self, i: int, batch: Any) -> tuple[Tensor, Aligned]:
+        """Row i's gradient by the representation: the heads' plain, one backward pass of the aligned one below."""
+        block, problem, model = self.block, self.block.problem, self.block.models[i]
+        representation = problem.representation(model, batch)
+        cut = representation.detach().requires_grad_()
+        f = problem.losses_at(model, cut, batch)
+        Z: list[Tensor] = []
+        for loss in f:
+            cut.grad = None
+            loss.backward(retain_graph=True)  # the heads' gradients add up on the way
+            if cut.grad is None:
+                raise ValueError("a loss does not depend on the representation, which Aligned-MTL-UB needs")
+            Z.append(cut.grad.flatten())
+        aligned = align(torch.stack(Z), block.weights[i], self.recipe.scale, problem.objectives)
+        representation.backward(aligned.update.view_as(representation))
+        return f.detach(), aligned
+
+    def finish(self) -> list[FineTuned]:
+        """Evaluates, puts back every model that became worse, and tells what came of each."""
+        block, results = self.block, []
+        for i, (model, before, after) in enumerate(
+            zip(block.models, self.before, block.evaluate("validation"), strict=True)
+        ):
+            values = [self.scalarized(i, evaluation) for evaluation in (before, after)]
+            kept = values[1] <= values[0]
+            if not kept:
+                model.load_state_dict(self.saved[i])  # copies into the views, so the row goes back with it
+            medians = np.median(self.stability[i], axis=0).tolist() if self.stability[i] else (None, None, None)
+            results.append(FineTuned(values[0], values[1], kept, after if kept else before, *medians))
+        return results
+
+    def scalarized(self, i: int, evaluation: Evaluation) -> float:
+        """The value of row i's own subproblem."""
+        weights = self.block.weights[i].double().cpu()
+        return float(self.block.recipe.scalarization(evaluation.objectives, weights, self.ideal))
+
+
+def task_gradients(f: Tensor, model: torch.nn.Module, block: Block) -> Tensor:
+    """The gradient of each loss in every column of a row, shape (m, D): 0 where a loss does not reach a parameter."""
+    parameters = dict(model.named_parameters())
+    ordered = [parameters[name] for name in block.layout.names]
+    rows = []
+    for loss in f:
+        gradients = torch.autograd.grad(loss, ordered, retain_graph=True, allow_unused=True, materialize_grads=True)
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    return torch.stack(rows)
+
+
+def shared_parameters(problem: Problem, model: torch.nn.Module, batch: Any) -> set[str]:
+    """The names of the parameters to align: as the problem says, or those that every loss of the batch reaches.
+
+    A loss reaches a parameter where its gradient is not all zero: losses that come from one tensor of all tasks'
+    outputs have a gradient, of zeros, in each other's heads.
+
+    Raises:
+        ValueError: none is shared, or the problem names one that the model does not train.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = problem.shared(model)
+    if names is None:
+        names = set(trainable)
+        for loss in problem.losses(model, batch):
+            gradients = torch.autograd.grad(
+                loss, list(trainable.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            names &= {name for name, g in zip(trainable, gradients, strict=True) if g.any()}
+    if unknown := names - set(trainable):
+        raise ValueError(f"{type(problem).__name__}.shared names {sorted(unknown)[0]}, which the model does not train")
+    if not names:
+        raise ValueError(f"{type(problem).__name__}: no parameter is reached by every loss, so none can be aligned")
+    return names

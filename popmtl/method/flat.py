@@ -1,0 +1,74 @@
+"""Flat parameters: a model's parameters as views into one row of the population matrix.
+
+Nothing is flattened or copied to take part in a transfer, an optimizer step or a checkpoint: they work on the row, and
+the model sees the result. The columns are ordered so that the parameters that transfer come first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each trainable parameter of a model stands in a row.
+
+    Attributes:
+        names: of the parameters, those that transfer first; otherwise in the model's own order.
+        shapes: of the parameters, in the order of `names`.
+        transferring: S, the number of leading columns that transfer.
+
+    Buffers, such as the running statistics of BatchNorm, and frozen parameters are in no row: each subproblem's model
+    keeps its own, and they never transfer.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    transferring: int
+
+    @classmethod
+    def of(cls, model: nn.Module, transfers: Callable[[str], bool]) -> Layout:
+        """The layout of a model's trainable parameters; a tied parameter stands there once.
+
+        Raises:
+            ValueError: a model without trainable parameters, or with one that is not floating-point.
+        """
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError(f"the model {type(model).__name__} has no trainable parameters")
+        for name, p in parameters.items():
+            if not p.is_floating_point():
+                raise ValueError(f"parameter {name} is of {p.dtype}; only floating-point parameters can be trained")
+        moving = [name for name in parameters if transfers(name)]
+        names = (*moving, *(name for name in parameters if name not in set(moving)))
+        return cls(names, tuple(parameters[n].shape for n in names), sum(parameters[n].numel() for n in moving))
+
+    @property
+    def size(self) -> int:
+        """D, the length of a row."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def views(self, row: Tensor) -> dict[str, Tensor]:
+        """The parameters by name, as views of a row of shape (D,)."""
+        pieces = row.split([math.prod(shape) for shape in self.shapes])
+        return {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
+
+    def bind(self, model: nn.Module, row: Tensor, gradient: Tensor) -> None:
+        """Moves a model's parameters into `row` and their gradients into `gradient`, both (D,) and contiguous."""
+        values, gradients = self.views(row), self.views(gradient)
+        for name, p in model.named_parameters():
+            if name in values:
+                values[name].copy_(p.detach())
+                p.data = values[name]
+                p.grad = gradients[name]
+
+    def columns(self, names: set[str]) -> Tensor:
+        """A boolean mask, shape (D,), of the columns that belong to the named parameters."""
+        return torch.cat(
+            [torch.full((math.prod(s),), n in names) for n, s in zip(self.names, self.shapes, strict=True)]
+        )

@@ -1,0 +1,99 @@
+"""Training a population in one process: the whole algorithm without a cluster, and the reference for the one with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from popmtl.method.course import Course, Observation
+from popmtl.method.fine_tuning import AlignedRecipe, FineTuned, FineTuning
+from popmtl.method.mtgd import Block, Recipe
+from popmtl.method.problem import Evaluation, Problem
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Population:
+    """A trained population.
+
+    Attributes:
+        block: its rows X (N×D) and models.
+        history: objective values on the validation split (N×m) and hypervolume over the MTGD steps.
+        fine_tuned: what Aligned-MTL did to each model; empty without that stage.
+        reference_point: of the hypervolumes, shape (m,).
+    """
+
+    block: Block
+    history: list[Observation]
+    fine_tuned: list[FineTuned]
+    reference_point: Matrix
+
+
+def train_population(
+    problem: Problem,
+    W: Matrix,
+    recipe: Recipe,
+    factors: NDArray[np.float64],
+    M: Matrix | None = None,
+    *,
+    aligned: AlignedRecipe | None = None,
+    evaluate_every: int = 50,
+    ideal_point: Sequence[float] | None = None,
+    reference_point: Sequence[float] | None = None,
+    device: str = "cpu",
+    observed: Callable[[Observation], None] | None = None,
+) -> Population:
+    """Trains one model for each weight vector by MTGD, then each alone by Aligned-MTL.
+
+    Args:
+        problem: the m objectives, the model and the data.
+        W: weight vectors, shape (N, m), from `weight_vectors` or `check_weights`.
+        recipe: how the rows train.
+        factors: σ_t of each MTGD step, from `schedule_factors`; its length is the number of steps.
+        M: transfer coefficients, shape (N, N), from `kernel_coefficients`; None trains without transfer.
+        aligned: the fine-tuning stage; None leaves it out.
+        evaluate_every: steps between evaluations on the validation split.
+        ideal_point: of the scalarization; None takes the problem's own, and tracks it where it has none.
+        reference_point: of the hypervolume; None takes the problem's own, or derives one (see `Course`).
+        device: where the rows live.
+        observed: called at each evaluation.
+
+    Raises:
+        FloatingPointError: a loss or gradient that is not finite.
+    """
+    course = Course(
+        np.eye(len(W)) if M is None else M,
+        factors,
+        evaluate_every,
+        problem.ideal_point if ideal_point is None else ideal_point,
+        problem.reference_point if reference_point is None else reference_point,
+    )
+    block = Block(problem, range(len(W)), W, recipe, device)
+
+    def observe() -> None:
+        observation = course.observe(objective_matrix(block.evaluate("validation")))
+        if observed:
+            observed(observation)
+
+    observe()
+    while chunk := course.next_chunk():
+        block.run(chunk)
+        if course.advance(chunk):
+            observe()
+    assert course.ideal is not None
+    assert course.reference_point is not None
+    fine_tuned: list[FineTuned] = []
+    if aligned:
+        stage = FineTuning(block, aligned, course.ideal)
+        stage.run(len(factors), aligned.steps)
+        fine_tuned = stage.finish()
+    return Population(block, course.history, fine_tuned, course.reference_point)
+
+
+def objective_matrix(evaluations: Sequence[Evaluation]) -> Matrix:
+    """The objective values of evaluations as F, shape (N, m)."""
+    return np.stack([evaluation.objectives.numpy() for evaluation in evaluations])

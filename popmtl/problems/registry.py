@@ -1,0 +1,92 @@
+"""From a problem's name and parameters, as a config gives them, to the problem."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from popmtl.errors import RequestError
+from popmtl.method.problem import Problem
+
+BUILT_IN = {
+    "aligned_toy": "popmtl.problems.aligned_toy:AlignedToy",
+    "dtlz2": "popmtl.problems.synthetic:Dtlz2",
+    "multidigits": "popmtl.problems.overlaid_digits:MultiDigits",
+    "multimnist": "popmtl.problems.overlaid_digits:MultiMnist",
+    "vlmop2": "popmtl.problems.synthetic:Vlmop2",
+    "zdt1": "popmtl.problems.synthetic:Zdt1",
+    "zdt2": "popmtl.problems.synthetic:Zdt2",
+}
+
+
+def load_problem(name: str, parameters: Mapping[str, Any]) -> Problem:
+    """Builds a problem.
+
+    Args:
+        name: a key of `BUILT_IN`, or `package.module:Class` for a subclass of `Problem` that can be imported.
+        parameters: the keyword arguments of its constructor.
+
+    Raises:
+        RequestError: there is no such problem, its constructor does not take these parameters, or it failed.
+    """
+    problem = _find_class(name)
+    _check_parameters(name, problem, parameters)
+    try:
+        return problem(**parameters)
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"problem {name}: its constructor failed: {type(error).__name__}: {error}") from error
+
+
+def _find_class(name: str) -> type[Problem]:
+    module_name, colon, class_name = BUILT_IN.get(name, name).partition(":")
+    if not colon:
+        raise RequestError(
+            f"there is no built-in problem {name!r}{_nearest(name, BUILT_IN)}; "
+            f"there are {', '.join(BUILT_IN)}, and your own as package.module:Class"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # A module that is there may lack one that it imports; only the error's name tells the two apart.
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise RequestError(f"problem {name}: there is no module {error.name!r} on Python's path") from error
+        raise RequestError(f"problem {name}: importing {module_name} failed: {error}") from error
+    except Exception as error:
+        raise RequestError(
+            f"problem {name}: importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise RequestError(
+            f"problem {name}: module {module_name} has no {class_name!r}{_nearest(class_name, vars(module))}"
+        )
+    if not (inspect.isclass(found) and issubclass(found, Problem)):
+        raise RequestError(f"problem {name}: {class_name} is not a subclass of popmtl.problems.Problem")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise RequestError(f"problem {name}: {class_name} does not define {missing}")
+    return found
+
+
+def _check_parameters(name: str, problem: type[Problem], parameters: Mapping[str, Any]) -> None:
+    signature = inspect.signature(problem).parameters.values()
+    named = [p for p in signature if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = [p.name for p in named]
+    takes = f"it takes {', '.join(known)}" if known else "it takes none"
+    if not any(p.kind is p.VAR_KEYWORD for p in signature):
+        for given in parameters:
+            if given not in known:
+                raise RequestError(f"problem {name}: no parameter {given!r}{_nearest(str(given), known)}; {takes}")
+    missing = [p.name for p in named if p.default is p.empty and p.name not in parameters]
+    if missing:
+        raise RequestError(f"problem {name}: needs {', '.join(missing)}; {takes}")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f" (nearest: {matches[0]})" if matches else ""

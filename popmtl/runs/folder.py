@@ -1,0 +1,131 @@
+"""The run folder `<storage>/<run name>/`: its config, its metrics and events while it runs, its front at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from popmtl.errors import RequestError
+from popmtl.runs.files import replacing, to_json
+from popmtl.runs.results import Front
+
+
+class RunFolder:
+    """A run's folder on a local path.
+
+    Attributes:
+        path: the folder itself, absolute; its parent is the storage, its name the run's name.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    @classmethod
+    def create(cls, storage: str | os.PathLike[str], name: str) -> RunFolder:
+        """A new, empty folder for the run `name` in `storage`, which is made where it is missing.
+
+        Raises:
+            RequestError: the name is no plain folder name, a run of that name exists, or `storage` cannot be
+                written to.
+        """
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise RequestError(f"run name {name!r}: use a name that can be a folder's, without /")
+        folder = cls(Path(storage) / name)
+        try:
+            folder.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.path.mkdir()
+        except FileExistsError as error:
+            if folder.path.exists() and folder.path.parent.is_dir():
+                raise RequestError(f"{folder.path} exists already: give this run another --run-name") from error
+            raise RequestError(f"storage {folder.path.parent}: not a folder ({error.strerror})") from error
+        except OSError as error:
+            raise RequestError(f"storage {folder.path.parent}: cannot be written to ({error.strerror})") from error
+        return folder
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def storage(self) -> Path:
+        """The folder that holds this and other runs."""
+        return self.path.parent
+
+    @property
+    def pareto(self) -> Path:
+        """Where the front and its models are."""
+        return self.path / "pareto"
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Writes config.yaml: plain mappings, lists, strings and numbers only.
+
+        Raises:
+            yaml.representer.RepresenterError: the config holds something else.
+        """
+        with replacing(self.path / "config.yaml") as beside:
+            beside.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Adds one line to metrics.jsonl; what is not finite becomes null."""
+        self._append("metrics.jsonl", record)
+
+    def append_event(self, kind: str, **details: Any) -> None:
+        """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details."""
+        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self._append("events.jsonl", {"time": time, "kind": kind, **details})
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.yaml.
+
+        Raises:
+            RequestError: this is not a run folder, or its config is no mapping.
+        """
+        path = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RequestError(f"{self.path} is not a run folder: it has no config.yaml") from error
+        except yaml.YAMLError as error:
+            raise RequestError(f"{path} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise RequestError(f"{path} holds no settings")
+        return content
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl in the order of writing; none where there is no file."""
+        return self._lines("metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """The records of events.jsonl in the order of writing; none where there is no file."""
+        return self._lines("events.jsonl")
+
+    def front(self) -> Front:
+        """The Pareto set that the run ended with.
+
+        Raises:
+            RequestError: the run has none (it has not ended, or it failed).
+        """
+        path = self.pareto / "front.json"
+        try:
+            return Front.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise RequestError(f"{self.path} has no front yet: {path} is missing") from error
+
+    def _append(self, file: str, record: Mapping[str, Any]) -> None:
+        with (self.path / file).open("a", encoding="utf-8") as stream:
+            stream.write(to_json(record) + "\n")
+
+    def _lines(self, file: str) -> list[dict[str, Any]]:
+        path = self.path / file
+        if not path.exists():
+            return []
+        # Without a newline at its end the last line is one that a crash cut short.
+        complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in complete]

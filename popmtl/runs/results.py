@@ -1,0 +1,220 @@
+"""The Pareto set on disk: front.json, front.csv, front.png and the members' weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from popmtl.errors import RequestError
+from popmtl.runs.files import replacing, to_json
+from popmtl.runs.picture import draw_front
+
+if TYPE_CHECKING:
+    from popmtl.runs.folder import RunFolder
+
+Stage = Literal["mtgd", "aligned_mtl"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the Pareto set.
+
+    Attributes:
+        subproblem: the number of the subproblem that it solves, from 0.
+        weights: the subproblem's weight vector, m numbers.
+        objectives: the m objective values; NaN where the model diverged.
+        metrics: further figures by name.
+        stage: the stage that the model was kept from.
+        non_dominated: whether no other member dominates it.
+        model: its weights' file, relative to the folder of front.json.
+    """
+
+    subproblem: int
+    weights: Sequence[float]
+    objectives: Sequence[float]
+    metrics: Mapping[str, float]
+    stage: Stage
+    non_dominated: bool
+    model: str
+
+
+@dataclass(frozen=True)
+class Front:
+    """The Pareto set of a run.
+
+    Attributes:
+        objectives: the m names.
+        reference_point: where the hypervolume is measured from, m numbers.
+        hypervolume: of the members' objective values.
+        seed: the run's seed.
+        steps: training steps that each member took.
+        members: all members, dominated ones too, by subproblem.
+    """
+
+    objectives: Sequence[str]
+    reference_point: Sequence[float]
+    hypervolume: float
+    seed: int
+    steps: int
+    members: Sequence[Member]
+
+    def to_json(self) -> str:
+        """The content of front.json; a value that is not finite is null."""
+        return to_json(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Front:
+        """The front that `to_json` wrote; null becomes NaN.
+
+        Raises:
+            ValueError: the text is no JSON.
+            KeyError: a part is missing.
+        """
+        content = json.loads(text)
+        return cls(
+            objectives=content["objectives"],
+            reference_point=_floats(content["reference_point"]),
+            hypervolume=_float(content["hypervolume"]),
+            seed=content["seed"],
+            steps=content["steps"],
+            members=[
+                Member(
+                    subproblem=member["subproblem"],
+                    weights=_floats(member["weights"]),
+                    objectives=_floats(member["objectives"]),
+                    metrics={name: _float(value) for name, value in member["metrics"].items()},
+                    stage=member["stage"],
+                    non_dominated=member["non_dominated"],
+                    model=member["model"],
+                )
+                for member in content["members"]
+            ],
+        )
+
+
+def write_front(folder: RunFolder, front: Front) -> None:
+    """Writes front.json, front.csv and front.png into the run's pareto folder.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    with replacing(folder.pareto / "front.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows(_table(front))
+    with replacing(folder.pareto / "front.png") as beside:
+        draw_front(front, beside)
+    # Last: a reader takes the presence of front.json for the end of the run.
+    with replacing(folder.pareto / "front.json") as beside:
+        beside.write_text(front.to_json(), encoding="utf-8")
+
+
+def model_file(subproblem: int) -> str:
+    """Where a subproblem's weights are, relative to the pareto folder."""
+    return f"models/{subproblem}/model.safetensors"
+
+
+def write_model(folder: RunFolder, subproblem: int, state: Mapping[str, Tensor]) -> str:
+    """Writes a model's parameters and buffers, each with its own dtype, as safetensors.
+
+    Args:
+        folder: the run's folder.
+        subproblem: the number of the subproblem that the model solves.
+        state: the model's `state_dict()`, on any device.
+
+    Returns:
+        The file, relative to the pareto folder.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # safetensors refuses tensors that share memory: tied parameters, and rows of the population.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    with replacing(folder.pareto / model_file(subproblem)) as beside:
+        save_file(copies, beside, metadata={"format": "pt"})
+    return model_file(subproblem)
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """The parameters and buffers in a safetensors file, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        safetensors.SafetensorError: the file is damaged.
+    """
+    return load_file(path)
+
+
+def load_model(run_folder: str | Path, subproblem: int) -> nn.Module:
+    """A trained member of a run's Pareto set, on the CPU and in evaluation mode.
+
+    Args:
+        run_folder: the run's folder.
+        subproblem: the member's number.
+
+    Returns:
+        The model that the run's problem builds, with the member's weights.
+
+    Raises:
+        RequestError: the folder is no run's, the member has no weights there, or they do not fit the model that
+            the problem builds now.
+    """
+    # Here and not above: reading a front needs no problem, and the folder module imports this one.
+    from popmtl.problems.registry import load_problem
+    from popmtl.runs.folder import RunFolder
+
+    folder = RunFolder(run_folder)
+    parameters = dict(folder.config()["problem"])
+    name = parameters.pop("name")
+    path = folder.pareto / model_file(subproblem)
+    if not path.exists():
+        present = sorted(int(file.parent.name) for file in folder.pareto.glob("models/*/model.safetensors"))
+        raise RequestError(f"{folder.path} has no model of subproblem {subproblem}; it has those of {present}")
+    model = load_problem(name, parameters).model()
+    try:
+        model.load_state_dict(load_state(path), strict=True)
+    except RuntimeError as error:
+        raise RequestError(f"{path} does not fit the model of problem {name!r}: {error}") from error
+    return model.eval()
+
+
+def _table(front: Front) -> list[list[Any]]:
+    """The rows of front.csv, its header first."""
+    metrics = list(dict.fromkeys(name for member in front.members for name in member.metrics))
+    header = [
+        "subproblem",
+        *(f"w/{name}" for name in front.objectives),
+        *(f"obj/{name}" for name in front.objectives),
+        *metrics,
+        "stage",
+        "non_dominated",
+        "model",
+    ]
+    rows: list[list[Any]] = [header]
+    for member in front.members:
+        figures = [*member.weights, *member.objectives, *(member.metrics.get(name, math.nan) for name in metrics)]
+        rows.append(
+            [
+                member.subproblem,
+                *(float(figure) for figure in figures),
+                member.stage,
+                member.non_dominated,
+                member.model,
+            ]
+        )
+    return rows
+
+
+def _float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _floats(values: Sequence[float | None]) -> list[float]:
+    return [_float(value) for value in values]

@@ -1,0 +1,1 @@
+"""MLflow: the population and its Pareto set, ready to browse."""

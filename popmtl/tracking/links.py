@@ -1,0 +1,63 @@
+"""Where a run is to be seen in MLflow."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from urllib.parse import urlencode
+
+HOST, PORT = "127.0.0.1", 5000
+
+
+@dataclass(frozen=True)
+class Location:
+    """A run in MLflow.
+
+    Attributes:
+        uri: the tracking URI.
+        experiment_id: the run's experiment.
+        run_id: the parent run, which stands for the population.
+    """
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+
+def is_served(uri: str) -> bool:
+    """Whether the tracking URI is that of a running server; otherwise it is that of a database."""
+    return uri.startswith(("http://", "https://"))
+
+
+def server_command(uri: str) -> str | None:
+    """The shell command that serves a tracking database to this machine's browsers; None where a server runs already.
+
+    One worker and no job runner: MLflow's defaults start 15 processes that take 3 GB.
+    """
+    if is_served(uri):
+        return None
+    return (
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false "
+        f"mlflow server --backend-store-uri {shlex.quote(uri)} --host {HOST} --port {PORT} --workers 1"
+    )
+
+
+def experiment_url(location: Location) -> str:
+    """The page that lists the experiment's runs, members nested under their population."""
+    return _url(location, f"experiments/{location.experiment_id}/runs")
+
+
+def run_url(location: Location) -> str:
+    """The page of the population's run."""
+    return _url(location, f"experiments/{location.experiment_id}/runs/{location.run_id}")
+
+
+def front_url(location: Location) -> str:
+    """The page that shows the picture of the front."""
+    return _url(location, f"experiments/{location.experiment_id}/runs/{location.run_id}/artifacts/pareto/front.png")
+
+
+def _url(location: Location, page: str) -> str:
+    base = location.uri.rstrip("/") if is_served(location.uri) else f"http://{HOST}:{PORT}"
+    # Without it MLflow opens its pages for language-model traces.
+    return f"{base}/#/{page}?{urlencode({'workflowType': 'machine_learning'})}"

@@ -1,0 +1,138 @@
+"""Dominance, hypervolume and picking against brute force, hand counts and pymoo."""
+
+import itertools
+
+import numpy as np
+import pytest
+from pymoo.indicators.hv import HV
+
+from popmtl.method.front import hypervolume, ideal_point, nadir_point, non_dominated, pick
+
+
+def dominated_by_any(F, i):
+    return any((other <= F[i]).all() and (other < F[i]).any() for other in F)
+
+
+def inclusion_exclusion(F, reference):
+    """The volume of a union of boxes [row, reference] from those of all their intersections."""
+    volume = 0.0
+    for size in range(1, len(F) + 1):
+        for rows in itertools.combinations(F, size):
+            volume -= (-1) ** size * np.prod(np.clip(reference - np.max(rows, axis=0), 0, None))
+    return volume
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5])
+def test_non_dominated_equals_brute_force(m):
+    random = np.random.default_rng(m)
+    for _ in range(20):
+        # Few distinct values: many ties and duplicates.
+        F = random.integers(0, 4, size=(15, m)).astype(float)
+        assert non_dominated(F).tolist() == [not dominated_by_any(F, i) for i in range(len(F))]
+
+
+def test_non_dominated_leaves_out_rows_that_are_not_finite():
+    F = [[np.nan, 0.0], [1.0, 1.0], [-np.inf, 5.0], [1.0, 1.0], [2.0, 1.0], [0.0, np.inf]]
+    assert non_dominated(F).tolist() == [False, True, False, True, False, False]
+
+
+def test_non_dominated_of_nothing():
+    assert non_dominated(np.empty((0, 2))).shape == (0,)
+    assert not non_dominated([[np.nan, 1.0]]).any()
+
+
+def test_non_dominated_leaves_its_argument_alone():
+    F = np.array([[1.0, np.nan], [1.0, 2.0]])
+    before = F.copy()
+    non_dominated(F)
+    np.testing.assert_array_equal(F, before)
+
+
+@pytest.mark.parametrize(
+    ("F", "reference", "volume"),
+    [
+        ([[1, 1]], [2, 3], 2),
+        ([[1, 3], [2, 2], [3, 1]], [4, 4], 6),
+        ([[1, 3], [2, 2], [3, 1], [3, 3], [2, 2]], [4, 4], 6),  # a dominated point and a duplicate add nothing
+        ([[1, 3], [5, 0]], [4, 4], 3),  # beyond the reference in one objective
+        ([[1, 3], [4, 0]], [4, 4], 3),  # level with it
+        ([[1, 3], [np.nan, 0], [-np.inf, 0]], [4, 4], 3),
+        ([[-1, -1]], [0, 0], 1),
+        ([[1], [2]], [4], 3),
+        (np.empty((0, 2)), [1, 1], 0),
+    ],
+)
+def test_hypervolume_by_hand(F, reference, volume):
+    assert hypervolume(F, reference) == pytest.approx(volume)
+
+
+@pytest.mark.parametrize("m", [2, 3, 4])
+def test_hypervolume_equals_inclusion_exclusion_and_pymoo(m):
+    random = np.random.default_rng(m)
+    F = random.uniform(0, 1.3, size=(9, m))
+    reference = np.full(m, 1.1)
+    volume = hypervolume(F, reference)
+    assert volume == pytest.approx(inclusion_exclusion(F, reference), rel=1e-10)
+    assert volume == pytest.approx(HV(ref_point=reference)(F), rel=1e-12)
+
+
+def test_hypervolume_in_three_dimensions_by_sampling():
+    random = np.random.default_rng(0)
+    F = random.dirichlet(np.ones(3), 20)
+    points = random.uniform(0, 1, size=(200_000, 3))
+    share = (F[None] <= points[:, None]).all(axis=2).any(axis=1).mean()
+    assert hypervolume(F, np.ones(3)) == pytest.approx(share, abs=5 * 0.5 / np.sqrt(len(points)))
+
+
+@pytest.mark.parametrize(
+    ("F", "reference", "message"),
+    [
+        ([1.0, 2.0], [1.0, 1.0], r"F must have shape \(N, m\)"),
+        ([], [1.0], r"F must have shape \(N, m\)"),
+        (np.empty((3, 0)), [], "with m at least 1"),
+        ([[1.0, 2.0]], [1.0, 1.0, 1.0], r"shape \(2,\)"),
+        ([[1.0, 2.0]], 1.0, r"shape \(2,\)"),
+        ([[1.0, 2.0]], [1.0, np.inf], "finite"),
+    ],
+)
+def test_hypervolume_refuses(F, reference, message):
+    with pytest.raises(ValueError, match=message):
+        hypervolume(F, reference)
+
+
+def test_ideal_and_nadir_are_those_of_the_front():
+    F = [[1.0, 3.0], [2.0, 2.0], [9.0, 9.0], [np.nan, 0.0]]
+    assert ideal_point(F).tolist() == [1.0, 2.0]
+    assert nadir_point(F).tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("function", [ideal_point, nadir_point, lambda F: pick(F, [1, 1])])
+def test_a_front_needs_a_finite_row(function):
+    for F in (np.empty((0, 2)), [[np.nan, 1.0]]):
+        with pytest.raises(ValueError, match="no row of finite"):
+            function(F)
+
+
+def test_pick_follows_the_preference():
+    # A concave front of very different scales, with a dominated and a diverged row among its members.
+    F = np.array([[0.0, 1000.0], [9.0, 9.0e9], [0.8, 800.0], [np.nan, 0.0], [1.0, 0.0]])
+    assert pick(F, [1, 0]) == 0
+    assert pick(F, [0, 1]) == 4
+    assert pick(F, [1, 1]) == 2
+    assert pick(F, [500.0, 500.0]) == pick(F, [1e308, 1e308]) == 2
+
+
+def test_pick_breaks_ties_by_the_other_objectives():
+    # Only the first objective counts, and two rows are best in it.
+    assert pick([[0.0, 1.0, 0.5], [0.0, 0.5, 0.9], [1.0, 0.0, 0.0]], [1, 0, 0]) == 1
+
+
+@pytest.mark.parametrize("F", [[[2.0, 2.0]], [[2.0, 2.0], [2.0, 2.0]]])
+def test_pick_among_equals_takes_the_first(F):
+    assert pick(F, [0.3, 0.7]) == 0
+
+
+@pytest.mark.parametrize("preference", [[1.0], [1.0, 1.0, 1.0], [-1.0, 2.0], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])
+def test_pick_refuses(preference):
+    with pytest.raises(ValueError, match="preference must"):
+        pick([[0.0, 1.0], [1.0, 0.0]], preference)

@@ -1,0 +1,121 @@
+"""The run folder: creating, writing and reading back."""
+
+import json
+import os
+from datetime import datetime, timedelta, timezone
+
+import numpy as np
+import pytest
+import yaml
+
+from popmtl.errors import RequestError
+from popmtl.runs.folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(tmp_path / "storage", "first")
+
+
+def test_create_makes_storage_and_folder(folder, tmp_path):
+    assert folder.path == tmp_path / "storage" / "first"
+    assert folder.path.is_dir()
+    assert (folder.name, folder.storage, folder.pareto) == ("first", tmp_path / "storage", folder.path / "pareto")
+
+
+def test_create_refuses_an_existing_run(folder):
+    with pytest.raises(RequestError, match=r"storage/first exists already.*--run-name"):
+        RunFolder.create(folder.storage, "first")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+def test_create_refuses_names_that_leave_the_storage(tmp_path, name):
+    with pytest.raises(RequestError, match="run name"):
+        RunFolder.create(tmp_path, name)
+
+
+def test_create_names_a_storage_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for storage in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RequestError, match=f"storage {storage}: "):
+            RunFolder.create(storage, "run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_create_names_a_storage_without_permission(tmp_path):
+    storage = tmp_path / "locked"
+    storage.mkdir(mode=0o500)
+    with pytest.raises(RequestError, match=f"storage {storage}: cannot be written to"):
+        RunFolder.create(storage, "run")
+
+
+def test_a_relative_path_stays_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder.create("storage", "run")
+    monkeypatch.chdir("/")
+    folder.write_config({"seed": 1})
+    assert RunFolder(tmp_path / "storage" / "run").config() == {"seed": 1}
+
+
+def test_config_keeps_its_order_and_types(folder):
+    config = {"problem": {"name": "vlmop2", "variables": 2}, "a": [1.5, None, "é"], "rate": 1e-05}
+    folder.write_config(config)
+    assert folder.config() == config
+    assert list(folder.config()) == ["problem", "a", "rate"]
+    assert os.listdir(folder.path) == ["config.yaml"]
+
+
+def test_config_refuses_what_only_python_can_read(folder):
+    folder.write_config({"seed": 1})
+    with pytest.raises(yaml.representer.RepresenterError, match="cannot represent"):
+        folder.write_config({"rate": np.float64(1.0)})
+    assert folder.config() == {"seed": 1}
+    assert os.listdir(folder.path) == ["config.yaml"]
+
+
+def test_config_of_no_run_folder(tmp_path):
+    with pytest.raises(RequestError, match=f"{tmp_path} is not a run folder"):
+        RunFolder(tmp_path).config()
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1"])
+def test_config_that_is_damaged(folder, text):
+    (folder.path / "config.yaml").write_text(text)
+    with pytest.raises(RequestError, match=r"config\.yaml"):
+        folder.config()
+
+
+def test_metrics_are_json_lines_with_null_for_what_is_not_finite(folder):
+    folder.append_metrics(
+        {"step": 1, "hypervolume": np.float64(0.5), "losses": np.array([[1.0, np.nan], [np.inf, 2.0]])}
+    )
+    folder.append_metrics({"step": np.int64(2), "hypervolume": float("nan"), "name": "é"})
+    lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == folder.metrics()
+    assert folder.metrics() == [
+        {"step": 1, "hypervolume": 0.5, "losses": [[1.0, None], [None, 2.0]]},
+        {"step": 2, "hypervolume": None, "name": "é"},
+    ]
+
+
+def test_a_line_is_there_as_soon_as_it_is_appended_and_a_torn_one_is_not_read(folder):
+    folder.append_metrics({"step": 1})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    assert folder.metrics() == [{"step": 1}]
+
+
+def test_events_carry_their_time(folder):
+    folder.append_event("started", actors=4)
+    (event,) = folder.events()
+    assert list(event) == ["time", "kind", "actors"]
+    assert (event["kind"], event["actors"]) == ("started", 4)
+    time = datetime.fromisoformat(event["time"])
+    assert time.utcoffset() == timedelta(0)
+    assert abs(datetime.now(timezone.utc) - time) < timedelta(minutes=1)
+
+
+def test_a_new_folder_has_no_records_and_no_front(folder):
+    assert folder.metrics() == folder.events() == []
+    with pytest.raises(RequestError, match="no front yet"):
+        folder.front()

@@ -1,0 +1,293 @@
+"""The MLflow sink against real SQLite stores."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient, pytorch
+from torch import nn
+
+from popmtl.runs.folder import RunFolder
+from popmtl.runs.results import Front, Member, load_state, model_file, write_front, write_model
+from popmtl.tracking import mlflow_sink
+from popmtl.tracking.links import Location, experiment_url, front_url, run_url, server_command
+from popmtl.tracking.mlflow_sink import MlflowSink
+
+OBJECTIVES = ["left", "right digit"]
+WEIGHTS = [[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]]
+STEPS = 700
+CONFIG = {"problem": {"name": "toy", "sizes": [1, 2]}, "seed": 3, "note": None, "long": "x" * 7000}
+
+
+@dataclass(frozen=True)
+class Settings:
+    uri: str | None = None
+    experiment: str | None = None
+
+
+class TwoHeads(nn.Module):
+    """As multi-task models are: two outputs; with buffers, and dropout that must be off in what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+
+    def forward(self, x):
+        return torch.stack([head(self.body(x)) for head in self.heads], dim=1)
+
+
+class Branching(TwoHeads):
+    """Decides by its input's values, which cannot be exported."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+
+def members(models):
+    objectives = [[0.2, 0.9], [0.5, 0.5], [0.6, 0.9]]
+    return [
+        Member(i, WEIGHTS[i], objectives[i], {"test/accuracy": 0.9 + i / 100}, "aligned_mtl", i != 2, model_file(i))
+        for i in range(3)
+    ]
+
+
+def finished_folder(storage, name, models):
+    folder = RunFolder.create(storage, name)
+    folder.write_config(CONFIG)
+    for i, model in enumerate(models):
+        write_model(folder, i, model.state_dict())
+    front = Front(OBJECTIVES, [1.0, 1.0], 0.3, 3, STEPS, members(models))
+    write_front(folder, front)
+    return folder, front
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+            patch.delenv(name, raising=False)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("a storage")
+
+
+@pytest.fixture(scope="module")
+def logged(storage, environment):
+    """A whole run, logged once for all tests that only look."""
+    torch.manual_seed(0)
+    models = [TwoHeads(), TwoHeads(), TwoHeads()]
+    for model in models:
+        model(torch.randn(16, 4))  # moves the BatchNorm statistics
+    folder, front = finished_folder(storage, "run-a", models)
+    sink = MlflowSink.open(Settings(), folder, CONFIG, OBJECTIVES, WEIGHTS, STEPS, config_name="digits")
+    losses = np.arange(STEPS * 6, dtype=float).reshape(STEPS, 3, 2)
+    losses[:, 2, 1][10] = np.nan
+    for start in range(0, STEPS, 50):
+        sink.log_training_losses(np.arange(start + 1, start + 51), losses[start : start + 50])
+    sink.log_evaluation(350, 0.1, 2, [[0.4, 1.0], [0.7, 0.7], [np.inf, 0.5]])
+    sink.log_evaluation(700, 0.2, 3, [[0.3, 0.9], [0.6, 0.6], [0.8, 0.4]])
+    sink.log_front(front, folder, "front", models.__getitem__, torch.randn(5, 4))
+    messages = sink.close("FINISHED", timeout=120)
+    assert messages == []
+    client = MlflowClient(sink.uri)
+    parent = client.get_run(sink.location.run_id)
+    children = client.search_runs(
+        [sink.location.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'",
+        order_by=["attributes.run_name"],
+    )
+    return SimpleNamespace(
+        sink=sink, client=client, folder=folder, models=models, parent=parent, children=children, losses=losses
+    )
+
+
+def history(logged, run, key):
+    return [(point.step, point.value) for point in logged.client.get_metric_history(run.info.run_id, key)]
+
+
+def artifacts(client, run, place=None):
+    return {file.path for file in client.list_artifacts(run.info.run_id, place)}
+
+
+def test_store_and_experiment_are_found_from_the_storage(logged, storage):
+    assert logged.sink.uri == f"sqlite:///{storage.resolve()}/mlflow.db"
+    experiment = logged.client.get_experiment(logged.sink.location.experiment_id)
+    assert experiment.name == "popmtl/digits"
+    assert experiment.artifact_location == (storage / "mlartifacts").as_uri()
+    assert (storage / "mlartifacts" / logged.parent.info.run_id / "artifacts" / "config.yaml").exists()
+
+
+def test_parent_run(logged):
+    parent = logged.parent
+    assert (parent.info.run_name, parent.info.status) == ("run-a", "FINISHED")
+    assert parent.data.tags["popmtl.kind"] == "front"
+    assert parent.data.tags["popmtl.version"]
+    params = parent.data.params
+    assert {key: params[key] for key in ("problem.name", "problem.sizes", "seed", "note")} == {
+        "problem.name": "toy",
+        "problem.sizes": "[1, 2]",
+        "seed": "3",
+        "note": "null",
+    }
+    assert params["long"] == "x" * 5999 + "…"
+    assert history(logged, parent, "hypervolume") == [(350, 0.1), (700, 0.2)]
+    assert history(logged, parent, "front/size") == [(350, 2), (700, 3)]
+    assert history(logged, parent, "obj/hypervolume") == [(700, 0.3)]
+    assert artifacts(logged.client, parent, "pareto") == {"pareto/front.json", "pareto/front.csv", "pareto/front.png"}
+
+
+def test_member_runs(logged):
+    assert [run.info.run_name for run in logged.children] == ["member-000", "member-001", "member-002"]
+    assert [run.info.status for run in logged.children] == ["FINISHED"] * 3
+    assert [run.data.tags["popmtl.kind"] for run in logged.children] == ["member"] * 3
+    assert [run.data.tags["popmtl.nondominated"] for run in logged.children] == ["true", "true", "false"]
+    assert logged.children[0].data.params == {"subproblem": "0", "w/left": "0.1", "w/right digit": "0.9"}
+    assert history(logged, logged.children[1], "val/loss/left") == [(350, 0.7), (700, 0.6)]
+    assert history(logged, logged.children[1], "obj/right digit") == [(700, 0.5)]
+    assert history(logged, logged.children[1], "test/accuracy") == [(700, 0.91)]
+
+
+def test_training_curves_are_means_over_windows(logged):
+    curve = history(logged, logged.children[1], "train/loss/left")
+    assert [step for step, _ in curve] == [*range(3, 700, 3), 700]
+    assert curve[0][1] == pytest.approx(logged.losses[:3, 1, 0].mean())
+    assert curve[-1][1] == logged.losses[699, 1, 0]
+
+
+def test_values_that_are_not_finite_are_left_out_and_tagged(logged):
+    assert history(logged, logged.children[2], "val/loss/left") == [(700, 0.8)]
+    assert 12 not in [step for step, _ in history(logged, logged.children[2], "train/loss/right digit")]
+    diverged = [run.data.tags.get("popmtl.diverged") for run in (*logged.children, logged.parent)]
+    assert diverged == [None, None, "true", None]
+
+
+def test_models_of_the_front_load_and_predict_the_same(logged):
+    experiment = logged.sink.location.experiment_id
+    found = {model.name: model for model in logged.client.search_logged_models([experiment])}
+    assert sorted(found) == ["member-000", "member-001"]
+    x = torch.randn(7, 4)
+    for i, model in enumerate(logged.models[:2]):
+        entity = found[f"member-00{i}"]
+        assert entity.status == "READY"
+        assert entity.source_run_id == logged.children[i].info.run_id
+        assert {metric.key: metric.value for metric in entity.metrics} == {
+            "obj/left": [0.2, 0.5][i],
+            "obj/right digit": [0.9, 0.5][i],
+            "test/accuracy": 0.9 + i / 100,
+        }
+        loaded = pytorch.load_model(entity.artifact_location)
+        torch.testing.assert_close(loaded(x), model.eval()(x))
+        requirements = Path(entity.artifact_location.removeprefix("file://").replace("%20", " ")) / "requirements.txt"
+        assert f"torch=={torch.__version__.split('+')[0]}\n" in requirements.read_text()
+
+
+def test_weights_are_logged_for_further_training(logged):
+    path = logged.client.download_artifacts(logged.children[1].info.run_id, "model/model.safetensors")
+    state = load_state(path)
+    for name, value in logged.models[1].state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+    assert artifacts(logged.client, logged.children[2]) == set()
+
+
+def test_global_state_is_left_alone(logged):
+    import mlflow
+
+    assert not mlflow.is_tracking_uri_set()
+    assert mlflow.active_run() is None
+
+
+def test_given_run_and_experiment_and_failure(logged, storage, environment):
+    client = logged.client
+    given = client.create_run(client.create_experiment("mine", artifact_location=(storage / "m").as_uri()))
+    folder = RunFolder.create(storage, "run-b")
+    folder.write_config({"seed": 1})
+    with environment.context() as patch:
+        patch.setenv("MLFLOW_RUN_ID", given.info.run_id)
+        sink = MlflowSink.open(Settings(uri=logged.sink.uri), folder, {"seed": 1}, OBJECTIVES, WEIGHTS[:1], 10)
+        assert sink.close("FAILED", timeout=60) == []
+    assert sink.location == Location(sink.uri, given.info.experiment_id, given.info.run_id)
+    (child,) = client.search_runs([given.info.experiment_id], f"tags.`mlflow.parentRunId` = '{given.info.run_id}'")
+    assert client.get_run(given.info.run_id).info.status == child.info.status == "FAILED"
+
+
+def test_a_model_that_cannot_be_exported_is_logged_as_safetensors(logged, storage):
+    models = [Branching(), TwoHeads(), TwoHeads()]
+    folder, front = finished_folder(storage, "run-c", models)
+    sink = MlflowSink.open(Settings(experiment="c"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_front(front, folder, "all", models.__getitem__, torch.ones(2, 4))
+    (message,) = sink.close("KILLED", timeout=120)
+    assert message.startswith("model of subproblem 0: logged as safetensors only: ")
+    found = logged.client.search_logged_models([sink.location.experiment_id])
+    assert sorted(model.name for model in found) == ["member-001", "member-002"]
+    children = logged.client.search_runs([sink.location.experiment_id], "tags.`popmtl.kind` = 'member'")
+    assert all(artifacts(logged.client, run, "model") == {"model/model.safetensors"} for run in children)
+    assert {run.info.status for run in children} == {"KILLED"}
+
+
+def test_without_example_or_models(logged, storage):
+    models = [TwoHeads(), TwoHeads(), TwoHeads()]
+    folder, front = finished_folder(storage, "run-d", models)
+    sink = MlflowSink.open(Settings(experiment="d"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_front(front, folder, "front", models.__getitem__, None)
+    assert sink.close("FINISHED", timeout=60) == []
+    assert logged.client.search_logged_models([sink.location.experiment_id]) == []
+    children = logged.client.search_runs([sink.location.experiment_id], "tags.`popmtl.nondominated` = 'true'")
+    assert [artifacts(logged.client, run, "model") for run in children] == [{"model/model.safetensors"}] * 2
+
+
+@pytest.mark.parametrize("uri", ["nonsense://somewhere", "sqlite:////proc/none/mlflow.db", "http://127.0.0.1:9"])
+def test_a_broken_store_does_not_raise_but_is_reported(tmp_path, uri, caplog, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    folder, front = finished_folder(tmp_path, "run", [TwoHeads(), TwoHeads(), TwoHeads()])
+    sink = MlflowSink.open(Settings(uri=uri), folder, CONFIG, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_evaluation(1, 0.0, 1, np.zeros((3, 2)))
+    sink.log_front(front, folder, "none", lambda i: TwoHeads(), None)
+    (message,) = sink.close("FINISHED", timeout=60)
+    assert message.startswith("opening: ")
+    assert sink.location is None
+    assert len([record for record in caplog.records if record.name == mlflow_sink.__name__]) == 1
+
+
+def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplog):
+    folder, _ = finished_folder(storage, "run-e", [TwoHeads(), TwoHeads(), TwoHeads()])
+    sink = MlflowSink.open(Settings(experiment="e"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_evaluation(1, 0.0, 1, np.zeros((2, 2)))  # a member is missing
+    sink.log_evaluation(2, 0.5, 1, np.zeros((3, 2)))
+    (message,) = sink.close("FINISHED", timeout=60)
+    assert message.startswith("evaluation at step 1: IndexError")
+    run = logged.client.get_run(sink.location.run_id)
+    assert (run.data.metrics["hypervolume"], run.info.status) == (0.5, "FINISHED")
+
+
+def test_close_waits_no_longer_than_told(logged, storage):
+    folder, front = finished_folder(storage, "run-f", [TwoHeads(), TwoHeads(), TwoHeads()])
+    sink = MlflowSink.open(Settings(experiment="f"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    answered = threading.Event()
+
+    def build(subproblem):
+        answered.wait(30)
+        return TwoHeads()
+
+    sink.log_front(front, folder, "front", build, torch.ones(2, 4))
+    (message,) = sink.close("FINISHED", timeout=0.1)
+    assert "has not taken everything within 0.1 s" in message
+    answered.set()
+    sink._thread.join(60)  # it writes to a database that other tests use
+
+
+def test_links():
+    local = Location("sqlite:////data/my runs/mlflow.db", "1", "abc")
+    assert "--backend-store-uri 'sqlite:////data/my runs/mlflow.db' --host 127.0.0.1" in server_command(local.uri)
+    assert run_url(local) == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
+    served = Location("https://mlflow.example/", "1", "abc")
+    assert server_command(served.uri) is None
+    assert experiment_url(served) == "https://mlflow.example/#/experiments/1/runs?workflowType=machine_learning"
+    assert front_url(served).endswith("/runs/abc/artifacts/pareto/front.png?workflowType=machine_learning")
