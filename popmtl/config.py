@@ -150,6 +150,7 @@ class TransferConfig(_Section):
     matrix: str | None = None
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    until: Annotated[float, Field(gt=0, le=1)] = 0.5
     transport: Literal["auto", "local", "coordinator"] = "auto"
 
     @model_validator(mode="after")

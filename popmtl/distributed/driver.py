@@ -40,13 +40,13 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[st
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
                 runtime_env=environment,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:

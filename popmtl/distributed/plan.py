@@ -133,7 +133,9 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         objectives=objectives,
         W=W,
         M=M,
-        factors=schedule_factors(config.transfer.schedule, config.train.steps, config.transfer.final),
+        factors=schedule_factors(
+            config.transfer.schedule, config.train.steps, config.transfer.final, config.transfer.until
+        ),
         recipe=recipe,
         aligned=aligned,
         ideal_point=_point("scalarization.ideal_point", config.scalarization.ideal_point, problem.ideal_point, m),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,9 +75,9 @@ class FineTuning:
         self.saved = [{k: v.clone() for k, v in model.state_dict().items()} for model in block.models]
         self.optimizer, self.lr_schedule = block.new_optimizer(recipe.optimizer, recipe.lr_schedule)
         if recipe.variant == "exact":
-            # A stream of its own: the rows' data must not depend on how they are spread over blocks.
+            # A stream and a model of its own: neither the rows' data nor their buffers may depend on a look at them.
             batch = to_model(next(block.problem.batches(block.seeds[0])), block.rows)
-            names = shared_parameters(block.problem, block.models[0], batch)
+            names = shared_parameters(block.problem, copy.deepcopy(block.models[0]), batch)
             self.shared = block.layout.columns(names).to(block.rows.device)
         self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
 

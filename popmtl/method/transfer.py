@@ -94,20 +94,24 @@ def may_diverge(M: Matrix) -> bool:
     return bool((np.diag(M) < 0.5 - ROW_SUM_TOLERANCE).any())
 
 
-def schedule_factors(schedule: str, steps: int, final: float = 0.0) -> NDArray[np.float64]:
-    """σ_t for t = 0 … steps−1, shape (steps,): from 1 at the first step to `final` at the last.
+def schedule_factors(schedule: str, steps: int, final: float = 0.0, until: float = 1.0) -> NDArray[np.float64]:
+    """σ_t for t = 0 … steps−1, shape (steps,): from 1 at the first step to `final`, and `final` from there on.
 
     Args:
         schedule: "constant" (always 1), "linear", "cosine" (half a period), or "geometric" (final > 0).
         steps: number of MTGD steps, ≥ 0.
-        final: σ at the last step, in [0, 1].
+        final: the last value of σ, in [0, 1].
+        until: the share of the steps, in (0, 1], after which σ has its last value. The steps that are left without
+            transfer let neighbouring models part; with 1, models that a network can average end nearly equal.
 
     Raises:
-        ValueError: an unknown schedule, or `final` out of range.
+        ValueError: an unknown schedule, or `final` or `until` out of range.
     """
     if not 0 <= final <= 1:
         raise ValueError(f"a transfer schedule ends at a factor in [0, 1], not {final}")
-    t = np.arange(steps) / max(steps - 1, 1)
+    if not 0 < until <= 1:
+        raise ValueError(f"a transfer schedule ends after a share of the steps in (0, 1], not {until}")
+    t = np.minimum(np.arange(steps) / max(until * (steps - 1), 1), 1.0)
     if schedule == "constant":
         return np.ones(steps)
     if schedule == "linear":

@@ -1,0 +1,94 @@
+"""The distributed run is the algorithm: it equals the reference in one process, whatever the actors."""
+
+import numpy as np
+import pytest
+import torch
+
+from popmtl.method.population import train_population
+from popmtl.problems.registry import load_problem
+from popmtl.runs.results import load_state
+
+STEPS = 50
+ADAM = {"name": "Adam", "lr": 0.01}
+SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
+
+
+def config(actors, order="consensus", optimizer=ADAM, **more):
+    transfer = {"order": order, "strength": 0.6, "until": 0.9, **more.pop("transfer", {})}
+    train = {"steps": STEPS, "evaluate_every": 20, "optimizer": optimizer, "dtype": "float64", **more.pop("train", {})}
+    return {
+        "problem": {"name": "toy_problems:NoisyRegression"},
+        "population": {"subproblems": 4},
+        "train": train,
+        "transfer": transfer,
+        "resources": {"max_actors": actors},
+        "seed": 3,
+        **more,
+    }
+
+
+def reference(plan):
+    population = train_population(
+        load_problem(plan.config.problem.name, {}),
+        plan.W,
+        plan.recipe,
+        plan.factors,
+        plan.M,
+        aligned=plan.aligned,
+        evaluate_every=plan.config.train.evaluate_every,
+    )
+    return population, [model.state_dict() for model in population.block.models]
+
+
+def states(folder):
+    return [load_state(folder.pareto / "models" / str(i) / "model.safetensors") for i in range(4)]
+
+
+def largest_difference(ours, theirs):
+    return max(float((a[k] - b[k]).abs().max()) for a, b in zip(ours, theirs, strict=True) for k in b)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize("order", ["consensus", "adapt_then_combine"])
+@pytest.mark.parametrize("actors", [1, 2, 4])
+def test_a_distributed_run_equals_the_reference(run, actors, order, optimizer):
+    plan, folder, _ = run(config(actors, order, optimizer))
+    assert [len(rows) for rows in plan.placement.rows] == [4 // actors] * actors
+    assert plan.transport == ("local" if actors == 1 else "coordinator")
+    population, expected = reference(plan)
+    assert largest_difference(states(folder), expected) < 1e-10
+    recorded = [record["hypervolume"] for record in folder.metrics()]
+    np.testing.assert_allclose(recorded, [seen.hypervolume for seen in population.history], rtol=1e-10)
+    assert [record["step"] for record in folder.metrics()] == [0, 20, 40, 50]
+
+
+def test_the_reference_is_not_independent_training(run):
+    """The comparison above would be empty if transfer did nothing."""
+    plan, folder, _ = run(config(2, transfer={"strength": 0.0}))
+    with_transfer, _, _ = run(config(2))
+    assert largest_difference(states(folder), reference(with_transfer)[1]) > 1e-3
+    assert largest_difference(states(folder), reference(plan)[1]) < 1e-10
+
+
+def test_moments_and_uneven_blocks_and_fine_tuning_equal_the_reference(run):
+    data = config(
+        3,
+        "adapt_then_combine",
+        transfer={"mix_moments": True},
+        fine_tune={"steps": 10, "optimizer": {"name": "Adam", "lr": 0.003}},
+    )
+    plan, folder, report = run(data)
+    assert [len(rows) for rows in plan.placement.rows] == [1, 1, 2]
+    population, expected = reference(plan)
+    assert largest_difference(states(folder), expected) < 1e-10
+    ours = [(one.before, one.after, one.kept) for one in report.fine_tuned]
+    np.testing.assert_allclose(ours, [(one.before, one.after, one.kept) for one in population.fine_tuned], rtol=1e-10)
+
+
+def test_two_runs_with_one_seed_are_identical_bit_for_bit(run):
+    data = config(2, train={"dtype": "float32"}, fine_tune={"steps": 5})
+    first, second = (states(run(data)[1]) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    other = states(run({**data, "seed": 4})[1])
+    assert not torch.equal(first[0]["trunk.0.weight"], other[0]["trunk.0.weight"])

@@ -1,0 +1,55 @@
+"""Problems for the tests that Ray's workers import by name."""
+
+import torch
+from torch import nn
+
+from popmtl.problems import Problem
+
+
+class NoisyRegression(Problem):
+    """Two regressions on noise, with everything that can go wrong in a distributed run: data drawn by seed, dropout,
+    BatchNorm's buffers, heads that do not transfer, and an ideal point that is tracked."""
+
+    objectives = ("left", "right")
+    metrics = {"error": "lower"}  # noqa: RUF012
+
+    def __init__(self, fail_at=None):
+        self.fail_at = fail_at
+
+    def model(self):
+        trunk = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2))
+        return nn.ModuleDict({"left": nn.Linear(5, 1), "trunk": trunk, "right": nn.Linear(5, 1)})
+
+    def batches(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = 0
+        while True:
+            x = torch.randn(4, 6, generator=generator)
+            drawn += 1
+            if self.fail_at is not None and drawn > self.fail_at:
+                x = x * float("nan")
+            yield {"x": x, "y": (x.sum(1), x[:, 0] - x[:, 1])}
+
+    def evaluation_batches(self, split):
+        generator = torch.Generator().manual_seed({"validation": 1, "test": 2}[split])
+        for _ in range(2):
+            x = torch.randn(8, 6, generator=generator)
+            yield {"x": x, "y": (x.sum(1), x[:, 0] - x[:, 1])}
+
+    def representation(self, model, batch):
+        return model["trunk"](batch["x"])
+
+    def losses_at(self, model, representation, batch):
+        names = self.objectives
+        return torch.stack(
+            [(model[n](representation)[:, 0] - y).square().mean() for n, y in zip(names, batch["y"], strict=True)]
+        )
+
+    def losses(self, model, batch):
+        return self.losses_at(model, self.representation(model, batch), batch)
+
+    def measure(self, model, batch):
+        return {"error": self.losses(model, batch).mean()}
+
+    def transfers(self, parameter):
+        return parameter.startswith("trunk")
