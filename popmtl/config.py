@@ -61,7 +61,7 @@ class ScalarizationConfig(_Section):
     """The scalarization of every subproblem; see `popmtl.method.scalarization`."""
 
     name: Literal[SCALARIZATIONS] = "smooth_tchebycheff"  # type: ignore[valid-type]
-    mu: Annotated[float, Field(gt=0)] = 0.02
+    mu: Annotated[float, Field(gt=0)] = 0.05
     rho: Annotated[float, Field(ge=0)] = 0.05
     theta: Annotated[float, Field(ge=0)] = 5.0
     ideal_point: list[float] | None = None
@@ -150,7 +150,7 @@ class TransferConfig(_Section):
     matrix: str | None = None
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    until: Annotated[float, Field(gt=0, le=1)] = 0.5
+    until: Annotated[float, Field(gt=0, le=1)] = 0.3
     transport: Literal["auto", "local", "coordinator"] = "auto"
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -82,16 +83,14 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     for name, value in lines:
         grid.add_row(name, value)
     console.print(grid)
-    table = Table(title="weight vectors and transfer", title_justify="left")
-    table.add_column("subproblem", justify="right")
-    for objective in plan.objectives:
-        table.add_column(f"w {objective}", justify="right")
-    table.add_column("kept of its own", justify="right")
-    table.add_column("takes most from", justify="right")
+    table = _table("weight vectors and transfer")
+    for name in ("subproblem", f"weights of {', '.join(plan.objectives)}", "keeps of its own"):
+        table.add_column(name, justify="right")
+    table.add_column("takes most from")
     for i, (w, row) in enumerate(zip(plan.W, plan.M, strict=True)):
         others = sorted((j for j in range(len(row)) if j != i and row[j] > 0), key=lambda j: -row[j])[:2]
-        takes = ", ".join(f"{j} ({row[j]:.2f})" for j in others) if plan.transfers else ""
-        table.add_row(str(i), *(f"{x:.3f}" for x in w), f"{row[i]:.2f}" if plan.transfers else "1.00", takes or "–")
+        takes = ", ".join(f"{row[j]:.2f} of {j}" for j in others) if plan.transfers else "none"
+        table.add_row(str(i), " ".join(f"{x:.3f}" for x in w), f"{row[i]:.2f}" if plan.transfers else "1.00", takes)
     console.print(table)
     print_warnings(console, plan.warnings)
 
@@ -103,25 +102,31 @@ def print_warnings(console: Console, warnings: Sequence[str]) -> None:
 
 
 def print_front(console: Console, front: Front) -> None:
-    """The front as a table; dominated members are dimmed."""
+    """The front as a table; dominated members are dim and have no star."""
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
-    title = f"Pareto front on the test split: hypervolume {front.hypervolume:.5g} at ({point}), {size} non-dominated"
-    table = Table(title=title, title_justify="left")
+    title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.hypervolume:.5g} at ({point})"
     metrics = list(front.members[0].metrics)
-    table.add_column("subproblem", justify="right")
-    for name in (*(f"w {objective}" for objective in front.objectives), *front.objectives, *metrics):
+    table = _table(title)
+    table.add_column("model", justify="right")
+    for name in ("weights", *front.objectives, *metrics):
         table.add_column(name, justify="right")
     table.add_column("stage")
-    table.add_column("front")
     for member in front.members:
-        figures = [f"{x:.3f}" for x in member.weights]
-        figures += [f"{x:.4g}" for x in (*member.objectives, *(member.metrics[name] for name in metrics))]
-        mark = "*" if member.non_dominated else "dominated"
+        figures = [*member.objectives, *(member.metrics[name] for name in metrics)]
         table.add_row(
-            str(member.subproblem), *figures, member.stage, mark, style=None if member.non_dominated else "dim"
+            f"{'*' if member.non_dominated else ' '} {member.subproblem}",
+            " ".join(f"{w:.2f}" for w in member.weights),
+            *(f"{figure:.4g}" for figure in figures),
+            member.stage,
+            style=None if member.non_dominated else "dim",
         )
     console.print(table)
+    console.print("* non-dominated", style="dim")
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _bytes(count: float) -> str:

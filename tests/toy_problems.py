@@ -1,4 +1,4 @@
-"""Problems for the tests that Ray's workers import by name."""
+"""A problem for the tests that Ray's workers import by name, and a config that runs it."""
 
 import torch
 from torch import nn
@@ -53,3 +53,24 @@ class NoisyRegression(Problem):
 
     def transfers(self, parameter):
         return parameter.startswith("trunk")
+
+
+def config(actors, order="consensus", optimizer=None, **more):
+    """A run of four subproblems of NoisyRegression on so many actors, in float64, as plain data."""
+    transfer = {"order": order, "strength": 0.6, "until": 0.9, **more.pop("transfer", {})}
+    train = {
+        "steps": 50,
+        "evaluate_every": 20,
+        "optimizer": optimizer or {"name": "Adam", "lr": 0.01},
+        "dtype": "float64",
+        **more.pop("train", {}),
+    }
+    return {
+        "problem": {"name": "toy_problems:NoisyRegression"},
+        "population": {"subproblems": 4},
+        "train": train,
+        "transfer": transfer,
+        "resources": {"max_actors": actors},
+        "seed": 3,
+        **more,
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +120,8 @@ class Coordinator:
             raise
         except Exception as error:  # noqa: BLE001  # of a user's problem, of Ray, of ours: each is recorded, and fails the run
             reason = describe_failure(error)
+            if isinstance(error, FloatingPointError) and self.plan.warnings:
+                reason += f"; {self.plan.warnings[0]}"
             self.folder.append_event("failed", step=self.course.step, error=reason, traceback=traceback.format_exc())
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
@@ -190,19 +192,19 @@ class Coordinator:
                 await self._observe()
 
     async def _observe(self) -> None:
-        seen = self.course.observe(objective_matrix(await self._evaluations("validation")))
-        self.now = replace(self.now, hypervolume=seen.hypervolume)
-        self.folder.append_metrics(
-            {
-                "stage": "mtgd",
-                "step": seen.step,
-                "hypervolume": seen.hypervolume,
-                "front_size": seen.front_size,
-                "validation": seen.F.tolist(),
-            }
-        )
+        F = objective_matrix(await self._evaluations("validation"))
+        self.course.observe(F)
+        self._record("mtgd", self.course.step, F)
+
+    def _record(self, stage: str, step: int, F: NDArray[np.float64], more: Mapping[str, Any] | None = None) -> None:
+        """Writes an evaluation on the validation split to the run folder and to MLflow."""
+        assert self.course.reference_point is not None  # the run has been observed
+        volume, front_size = hypervolume(F, self.course.reference_point), int(non_dominated(F).sum())
+        self.now = replace(self.now, hypervolume=volume)
+        record = {"stage": stage, "step": step, "hypervolume": volume, "front_size": front_size}
+        self.folder.append_metrics({**record, "validation": F.tolist(), **(more or {})})
         if self.sink:
-            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F)
+            self.sink.log_evaluation(step, volume, front_size, F)
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
@@ -217,27 +219,18 @@ class Coordinator:
             done += n
             self._took(done, start, steps, trained + done - n)
         fine_tuned: list[FineTuned] = _in_order(await self._all("finish_fine_tuning"))
+        figures: dict[str, list[float | None]] = {
+            "scalarized_before": [one.before for one in fine_tuned],
+            "scalarized_after": [one.after for one in fine_tuned],
+            "condition": [one.condition for one in fine_tuned],
+            "cosine": [one.cosine for one in fine_tuned],
+            "magnitude_similarity": [one.magnitude_similarity for one in fine_tuned],
+        }
         F = objective_matrix([one.evaluation for one in fine_tuned])
-        assert self.course.reference_point is not None  # the run has been observed
-        volume = hypervolume(F, self.course.reference_point)
-        self.now = replace(self.now, hypervolume=volume)
-        self.folder.append_metrics(
-            {
-                "stage": "aligned_mtl",
-                "step": trained + total,
-                "hypervolume": volume,
-                "front_size": int(non_dominated(F).sum()),
-                "validation": F.tolist(),
-                "scalarized_before": [one.before for one in fine_tuned],
-                "scalarized_after": [one.after for one in fine_tuned],
-                "kept": [one.kept for one in fine_tuned],
-                "condition": [one.condition for one in fine_tuned],
-                "cosine": [one.cosine for one in fine_tuned],
-                "magnitude_similarity": [one.magnitude_similarity for one in fine_tuned],
-            }
-        )
+        self._record("aligned_mtl", trained + total, F, {**figures, "kept": [one.kept for one in fine_tuned]})
         if self.sink:
-            self.sink.log_evaluation(trained + total, volume, int(non_dominated(F).sum()), F)
+            named = {f"aligned_mtl/{name}": values for name, values in figures.items()}
+            self.sink.log_member_figures(trained + total, named)
         return fine_tuned
 
     async def _write_results(self, fine_tuned: Sequence[FineTuned]) -> Report:
@@ -311,8 +304,8 @@ class Coordinator:
             self.mixing.fail("another actor failed")
             for call in pending:
                 call.cancel()
-            # An actor that waits for a failed one times out: that is never the cause while there is another.
-            raise min(failures, key=lambda error: isinstance(error, TimeoutError | GetTimeoutError))
+            # An actor that waits for a failed one fails too: that is never the cause while there is another.
+            raise min(failures, key=lambda error: isinstance(error, TimeoutError | GetTimeoutError | ConnectionError))
         return [call.result() for call in calls]
 
     async def _within(
@@ -346,7 +339,7 @@ class Coordinator:
 def describe_failure(error: BaseException) -> str:
     """The cause of a failure in one line, without the layers that it came through."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RunError | FloatingPointError | ValueError | TimeoutError):
+    if isinstance(cause, RunError | FloatingPointError | ValueError | TimeoutError | ConnectionError):
         return str(cause)
     return f"{type(cause).__name__}: {cause}"
 

@@ -50,7 +50,8 @@ def aligned_coefficients(gramian: Tensor, w: Tensor, scale: str = "min", eps: fl
         common = eigenvalues.median().sqrt()
     else:
         common = eigenvalues.mean().sqrt()
-    return (V @ ((V.mT @ w) / eigenvalues.sqrt())).mul(common)
+    a: Tensor = common * (V @ ((V.mT @ w) / eigenvalues.sqrt()))
+    return a
 
 
 @dataclass(frozen=True)

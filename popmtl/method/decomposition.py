@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pymoo.util.ref_dirs import get_reference_directions
+from pymoo.util.ref_dirs import RieszEnergyReferenceDirectionFactory, get_reference_directions
 
 Matrix = NDArray[np.float64]
 
@@ -23,7 +23,7 @@ def weight_vectors(
     """Evenly spread weight vectors on the simplex, shape (N, m), float64, each row summing to 1.
 
     Args:
-        subproblems: N ≥ 1. One subproblem gets equal weights.
+        subproblems: N, either 1, which gets equal weights, or at least m.
         objectives: m ≥ 2.
         method: "das_dennis", the simplex lattice (any N for m = 2, otherwise N = C(p+m−1, m−1) for an integer p;
             Das and Dennis 1998), or "energy", any N (Riesz s-energy; Blank et al. 2021, through pymoo).
@@ -31,7 +31,7 @@ def weight_vectors(
         seed: of the energy method.
 
     Raises:
-        ValueError: N, m, `method` or `minimum` out of range, or an N that the lattice does not have.
+        ValueError: N, m, `method` or `minimum` out of range, 1 < N < m, or an N that the lattice does not have.
     """
     if objectives < 2:
         raise ValueError(f"a decomposition needs at least 2 objectives, not {objectives}")
@@ -41,11 +41,15 @@ def weight_vectors(
         raise ValueError(f"the minimum weight must lie in [0, 1/{objectives}), not be {minimum}")
     if subproblems == 1:
         return np.full((1, objectives), 1 / objectives)
+    if subproblems < objectives:
+        raise ValueError(
+            f"{subproblems} subproblems cannot spread over {objectives} objectives: take 1, or at least {objectives}"
+        )
     if method == "das_dennis":
         partitions = _partitions(subproblems, objectives)
         W = get_reference_directions("das-dennis", objectives, n_partitions=partitions)
     elif method == "energy":
-        W = get_reference_directions("energy", objectives, subproblems, seed=seed)
+        W = RieszEnergyReferenceDirectionFactory(objectives, subproblems).do(seed=seed)
     else:
         raise ValueError(f"unknown decomposition {method!r}: take das_dennis or energy")
     W = np.asarray(W, dtype=np.float64)

@@ -32,7 +32,7 @@ def augmented_tchebycheff(f: Tensor, w: Tensor, z: Tensor, rho: float) -> Tensor
 
 def smooth_tchebycheff(f: Tensor, w: Tensor, z: Tensor, mu: float) -> Tensor:
     """μ log Σ_j exp(w_j (f_j − z_j) / μ), smooth and within μ log m of the maximum (Lin et al., arXiv 2402.19078)."""
-    return torch.logsumexp(w * (f - z) / mu, -1).mul(mu)
+    return mu * torch.logsumexp(w * (f - z) / mu, -1)
 
 
 def pbi(f: Tensor, w: Tensor, z: Tensor, theta: float) -> Tensor:
@@ -43,7 +43,7 @@ def pbi(f: Tensor, w: Tensor, z: Tensor, theta: float) -> Tensor:
     """
     direction = torch.nn.functional.normalize(1 / w, dim=-1)
     d1 = ((f - z) * direction).sum(-1)
-    d2 = torch.linalg.vector_norm(f - z - d1.unsqueeze(-1) * direction, dim=-1)
+    d2: Tensor = torch.linalg.vector_norm(f - z - d1.unsqueeze(-1) * direction, dim=-1)
     return d1 + theta * d2
 
 
@@ -59,7 +59,7 @@ class Scalarization:
     """
 
     name: str = "smooth_tchebycheff"
-    mu: float = 0.1
+    mu: float = 0.05
     rho: float = 0.05
     theta: float = 5.0
 

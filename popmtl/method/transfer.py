@@ -46,8 +46,8 @@ def kernel_coefficients(W: Matrix, kernel: str, strength: float, width: float = 
         if width <= 0:
             raise ValueError(f"the Gaussian kernel's width must be positive, not {width}")
         # Relative to the nearest neighbour: a narrow kernel then still has one, where exp alone would underflow.
-        nearest_squared = np.where(others, squared, np.inf).min(1, keepdims=True)
-        C = np.exp((nearest_squared - squared) / (2 * width**2))
+        distant = np.where(others, squared, np.inf)
+        C = np.exp((distant.min(1, keepdims=True) - distant) / (2 * width**2))
     elif kernel == "nearest":
         if nearest < 1:
             raise ValueError(f"the nearest kernel takes at least 1 neighbour, not {nearest}")
@@ -64,7 +64,8 @@ def kernel_coefficients(W: Matrix, kernel: str, strength: float, width: float = 
     C = np.where(others, C, 0.0)
     mass = C.sum(1, keepdims=True)
     C = np.divide(C, mass, out=np.eye(N), where=mass > 0)
-    return (1 - strength) * np.eye(N) + strength * C
+    M: Matrix = (1 - strength) * np.eye(N) + strength * C
+    return M
 
 
 def check_coefficients(M: Matrix, subproblems: int) -> Matrix:

@@ -159,6 +159,16 @@ class MlflowSink:
         if len(points[0]):
             self._do("training losses", lambda: self._log_losses("train/loss", *points))
 
+    def log_member_figures(self, step: int, figures: Mapping[str, Sequence[float | None]]) -> None:
+        """Logs further figures of each member, by name, N values each; None is left out."""
+
+        def job() -> None:
+            for i, run_id in enumerate(self._members):
+                values = [(name, of_members[i]) for name, of_members in figures.items()]
+                self._log(run_id, [(name, value, step) for name, value in values if value is not None])
+
+        self._do(f"members' figures at step {step}", job)
+
     def log_front(
         self,
         front: Front,

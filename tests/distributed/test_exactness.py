@@ -3,28 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from toy_problems import config
 
 from popmtl.method.population import train_population
 from popmtl.problems.registry import load_problem
 from popmtl.runs.results import load_state
 
-STEPS = 50
 ADAM = {"name": "Adam", "lr": 0.01}
 SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
-
-
-def config(actors, order="consensus", optimizer=ADAM, **more):
-    transfer = {"order": order, "strength": 0.6, "until": 0.9, **more.pop("transfer", {})}
-    train = {"steps": STEPS, "evaluate_every": 20, "optimizer": optimizer, "dtype": "float64", **more.pop("train", {})}
-    return {
-        "problem": {"name": "toy_problems:NoisyRegression"},
-        "population": {"subproblems": 4},
-        "train": train,
-        "transfer": transfer,
-        "resources": {"max_actors": actors},
-        "seed": 3,
-        **more,
-    }
 
 
 def reference(plan):

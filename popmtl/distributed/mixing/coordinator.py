@@ -62,10 +62,11 @@ class Exchange:
         """This rank's rows of M X, once all ranks have sent theirs for the round.
 
         Raises:
-            TimeoutError: a rank has not sent its rows in time, naming it; or the run has failed elsewhere.
+            TimeoutError: a rank has not sent its rows in time, naming it.
+            ConnectionError: the run has failed elsewhere.
         """
         if self.failure:
-            raise TimeoutError(self.failure)
+            raise ConnectionError(self.failure)
         present = self.rounds.setdefault(number, {})
         complete = self.products.setdefault(number, asyncio.get_running_loop().create_future())
         present[rank] = rows
@@ -87,5 +88,5 @@ class Exchange:
         self.failure = reason
         for complete in self.products.values():
             if not complete.done():
-                complete.set_exception(TimeoutError(reason))
+                complete.set_exception(ConnectionError(reason))
                 complete.exception()  # seen: a future nobody waits for must not complain at exit

@@ -1,0 +1,57 @@
+"""A run that cannot go on says why, in its folder too, and leaves nothing running."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import ray
+from toy_problems import config
+
+from popmtl.errors import RunError
+from popmtl.runs.folder import RunFolder
+
+
+def test_a_loss_that_turns_nan_names_subproblem_objective_and_step(run, tmp_path):
+    data = config(2) | {"problem": {"name": "toy_problems:NoisyRegression", "fail_at": 5}}
+    with pytest.raises(RunError, match=r"objective left of subproblem \d is nan at step 5"):
+        run(data)
+    last = RunFolder(tmp_path / "runs" / "run-1").events()[-1]
+    assert last["kind"] == "failed"
+    assert "at step 5" in last["error"]
+
+
+def test_actors_that_find_no_room_end_the_start_and_say_what_is_free(run):
+    @ray.remote(num_cpus=3)
+    class Occupant:
+        def ready(self):
+            return True
+
+    occupant = Occupant.remote()
+    ray.get(occupant.ready.remote())
+    try:
+        data = config(4)
+        data["resources"] = {"max_actors": 4, "start_timeout": 3}
+        with pytest.raises(RunError, match=r"no room for 4 actors of 1 CPU each within 3 s .*start_timeout.*free now"):
+            run(data)
+    finally:
+        ray.kill(occupant)
+
+
+def test_an_actor_that_is_killed_ends_the_run_with_its_name(run):
+    killed = []
+
+    def kill_one(progress):
+        if progress.step >= 10 and not killed:
+            processes = psutil.process_iter(["cmdline"])
+            workers = [p for p in processes if "SubproblemActor" in " ".join(p.info["cmdline"] or [])]
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(workers[0].pid)
+
+    data = config(2, train={"steps": 100_000, "evaluate_every": 100})
+    start = time.monotonic()
+    with pytest.raises(RunError, match=r"actor \d \(subproblems \d to \d\) died"):
+        run(data, kill_one)
+    assert killed
+    assert time.monotonic() - start < 60
