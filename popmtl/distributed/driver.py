@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,8 +69,8 @@ def run(plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress]
     ending = coordinator.run.remote()
     try:
         with _signals_interrupt():
-            while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
-                show(_progress(coordinator))
+            limit = plan.config.resources.start_timeout + plan.config.resources.chunk_timeout
+            _watch(coordinator, ending, limit, show)
             report: Report = ray.get(ending)
             return report
     except KeyboardInterrupt:
@@ -84,9 +85,15 @@ def run(plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress]
         ray.kill(coordinator)
 
 
-def _progress(coordinator: Any) -> Progress:
-    progress: Progress = ray.get(coordinator.progress.remote(), timeout=60)
-    return progress
+def _watch(coordinator: Any, ending: Any, limit: float, show: Callable[[Progress], None]) -> None:
+    """Shows the coordinator's progress until its run ends; a silence of `limit` seconds fails the run."""
+    asked, answered = coordinator.progress.remote(), time.monotonic()
+    while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
+        if ray.wait([asked], timeout=0)[0]:
+            show(ray.get(asked))
+            asked, answered = coordinator.progress.remote(), time.monotonic()
+        elif time.monotonic() - answered > limit:
+            raise RunError(f"the coordinator has not answered for {limit:g} s")
 
 
 @contextmanager

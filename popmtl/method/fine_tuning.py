@@ -88,6 +88,8 @@ class FineTuning:
             FloatingPointError: a loss or a task's gradient that is not finite, naming the task.
         """
         losses = [self.step(t) for t in range(first, first + steps)]
+        if not losses:
+            return np.empty((0, *self.block.weights.shape))
         return torch.stack(losses).double().cpu().numpy()
 
     def step(self, t: int) -> Tensor:
@@ -96,7 +98,7 @@ class FineTuning:
         block.gradients.zero_()
         for i in range(len(block.models)):
             batch = block.draw(i, t)
-            f, aligned = self.align_ub(i, batch) if self.recipe.variant == "ub" else self.align_exact(i, batch)
+            f, aligned = self.align_ub(i, batch, t) if self.recipe.variant == "ub" else self.align_exact(i, batch, t)
             self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
             losses.append(f)
         stacked = torch.stack(losses)
@@ -107,22 +109,24 @@ class FineTuning:
         block.project()
         return stacked
 
-    def align_exact(self, i: int, batch: Any) -> tuple[Tensor, Aligned]:
+    def align_exact(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
         block = self.block
         f = block.problem.losses(block.models[i], batch)
+        block.check_losses(i, f.detach(), t)
         G = task_gradients(f, block.models[i], block)
         aligned = align(G[:, self.shared], block.weights[i], self.recipe.scale, block.problem.objectives)
         block.gradients[i] = G.sum(0)
         block.gradients[i, self.shared] = aligned.update
         return f.detach(), aligned
 
-    def align_ub(self, i: int, batch: Any) -> tuple[Tensor, Aligned]:
+    def align_ub(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient by the representation: the heads' plain, one backward pass of the aligned one below."""
         block, problem, model = self.block, self.block.problem, self.block.models[i]
         representation = problem.representation(model, batch)
         cut = representation.detach().requires_grad_()
         f = problem.losses_at(model, cut, batch)
+        block.check_losses(i, f.detach(), t)
         Z: list[Tensor] = []
         for loss in f:
             cut.grad = None

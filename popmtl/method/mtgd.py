@@ -190,11 +190,15 @@ class Block:
         """Refuses losses (k, m) or gradients that are not finite, before they reach an optimizer or another row."""
         if not (losses.isfinite().all() and self.gradients.sum().isfinite()):
             for i, subproblem in enumerate(self.subproblems):
-                for name, value in zip(self.problem.objectives, losses[i].tolist(), strict=True):
-                    if not np.isfinite(value):
-                        raise FloatingPointError(f"objective {name} of subproblem {subproblem} is {value} at step {t}")
+                self.check_losses(i, losses[i], t)
                 if not self.gradients[i].isfinite().all():
                     raise FloatingPointError(f"the gradient of subproblem {subproblem} is not finite at step {t}")
+
+    def check_losses(self, i: int, f: Tensor, t: int) -> None:
+        """Refuses losses of row i, (m,), that are not finite: each could make the gradients of all the others so."""
+        for name, value in zip(self.problem.objectives, f.tolist(), strict=True):
+            if not np.isfinite(value):
+                raise FloatingPointError(f"objective {name} of subproblem {self.subproblems[i]} is {value} at step {t}")
 
     def combine(self, X: Tensor, M_t: Tensor, mix: Mixing) -> None:
         """X ← M_t X after the optimizer's step, and its moments alike if the recipe says so."""
@@ -214,7 +218,7 @@ class Block:
     def project(self) -> None:
         """Back into the problem's bounds, where it has some."""
         if self.problem.bounds is not None:
-            lower, upper = (torch.as_tensor(bound).to(self.rows) for bound in self.problem.bounds)
+            lower, upper = (torch.as_tensor(b, dtype=self.rows.dtype).to(self.rows) for b in self.problem.bounds)
             torch.clamp(self.rows, lower, upper, out=self.rows)
 
     def evaluate(self, split: Split) -> list[Evaluation]:

@@ -92,7 +92,7 @@ class Problem(ABC):
         objectives = torch.zeros(len(self.objectives), dtype=torch.float64)
         metrics = dict.fromkeys(self.metrics, 0.0)
         total = 0
-        training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         with torch.no_grad():
             for batch in self.evaluation_batches(split):
@@ -102,7 +102,8 @@ class Problem(ABC):
                 for name, value in self.measure(model, moved).items():
                     metrics[name] += size * float(value)
                 total += size
-        model.train(training)
+        for module, training in modes.items():  # a layer may be kept in eval mode while the others train
+            module.training = training
         if not total:
             raise ValueError(f"{type(self).__name__}: the {split} split has no batches")
         return Evaluation(objectives / total, {name: value / total for name, value in metrics.items()})
@@ -160,13 +161,22 @@ def to_model(batch: Any, reference: Tensor) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_model(value, reference) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(to_model(value, reference) for value in batch)
+        moved = [to_model(value, reference) for value in batch]
+        # A named tuple takes its fields one by one.
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 
 def batch_length(batch: Any) -> int:
     """The first dimension of the first tensor in the batch; 1 where there is none."""
+    tensor = next(_tensors(batch), None)
+    return 1 if tensor is None or not tensor.ndim else tensor.shape[0]
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in order."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((batch_length(value) for value in values), 1)
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)

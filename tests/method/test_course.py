@@ -1,0 +1,89 @@
+"""The course of a run: its chunks, what it keeps of the observations, and where it ends."""
+
+import numpy as np
+import pytest
+
+from popmtl.method.course import Course
+
+M = np.array([[0.7, 0.3], [0.3, 0.7]])
+F = np.array([[1.0, -3.0], [2.0, -5.0]])
+
+
+def walk(course, longest=None):
+    """The chunks of a run as (first, length, evaluated afterwards)."""
+    course.observe(F)
+    taken = []
+    while chunk := course.next_chunk(longest):
+        evaluated = course.advance(chunk)
+        taken.append((chunk.first, len(chunk), evaluated))
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "longest", "expected"),
+    [
+        (10, 4, None, [(0, 4, True), (4, 4, True), (8, 2, True)]),
+        (8, 4, None, [(0, 4, True), (4, 4, True)]),
+        (7, 4, 3, [(0, 3, False), (3, 1, True), (4, 3, True)]),
+        (3, 50, None, [(0, 3, True)]),
+        (3, 1, 9, [(0, 1, True), (1, 1, True), (2, 1, True)]),
+        (0, 4, None, []),
+    ],
+)
+def test_chunks_end_where_the_population_is_evaluated_and_at_the_end(steps, every, longest, expected):
+    course = Course(M, np.ones(steps), every)
+    assert walk(course, longest) == expected
+    assert course.step == steps
+    assert course.next_chunk() is None
+
+
+def test_chunks_carry_their_own_factors_and_the_ideal_point_of_their_time():
+    course = Course(M, np.arange(5) / 10, 3)
+    course.observe(F)
+    first = course.next_chunk()
+    course.advance(first)
+    course.observe(F - 1)
+    second = course.next_chunk()
+    assert (first.factors.tolist(), second.factors.tolist()) == ([0, 0.1, 0.2], [0.3, 0.4])
+    assert (first.ideal.tolist(), second.ideal.tolist()) == ([1, -5], [0, -6])
+    assert second.M is M
+
+
+def test_a_tracked_ideal_point_keeps_the_least_of_all_observations():
+    course = Course(M, np.ones(5), 1)
+    for offset in (0, -2, 3):
+        course.observe(F + np.array([offset, -offset]))
+    assert course.ideal.tolist() == [-1, -8]
+
+
+def test_a_given_ideal_point_stays():
+    course = Course(M, np.ones(5), 1, ideal_point=[0.5, 0])
+    assert course.next_chunk().ideal.tolist() == [0.5, 0]  # before any observation, too
+    course.observe(F - 100)
+    assert course.ideal.tolist() == [0.5, 0]
+
+
+def test_without_an_ideal_point_the_first_step_needs_an_observation():
+    with pytest.raises(ValueError, match="observed once before its first step"):
+        Course(M, np.ones(5), 1).next_chunk()
+
+
+def test_the_reference_point_lies_a_tenth_beyond_the_first_observation_and_stays():
+    course = Course(M, np.ones(5), 1)
+    course.observe(np.array([[40.0, -0.2, -30.0], [10.0, -0.5, -20.0]]))
+    # A tenth of 40, of 1 at least, and of |−20|.
+    assert course.reference_point.tolist() == pytest.approx([44, -0.1, -18])
+    course.observe(np.full((2, 3), 1000.0))
+    assert course.reference_point.tolist() == pytest.approx([44, -0.1, -18])
+
+
+def test_observations_are_recorded_with_hypervolume_and_front():
+    course = Course(M, np.ones(4), 2, reference_point=[3, 0])
+    first = course.observe(F)
+    # Boxes to (3, 0): 2 × 3 and 1 × 5, sharing 1 × 3.
+    assert (first.step, first.hypervolume, first.front_size) == (0, pytest.approx(8), 2)
+    course.advance(course.next_chunk())
+    second = course.observe(np.array([[1.0, -3.0], [2.0, -2.0]]))
+    assert (second.step, second.hypervolume, second.front_size) == (2, pytest.approx(6), 1)
+    assert course.history == [first, second]
+    assert course.reference_point.tolist() == [3, 0]

@@ -1,0 +1,108 @@
+"""Flat rows: where parameters stand in them, and that models, gradients and rows are the same memory."""
+
+import pytest
+import torch
+from torch import nn
+
+from popmtl.method.flat import Layout
+
+
+class Tied(nn.Module):
+    """An encoder and a decoder with one matrix, a frozen scale, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 1)
+        self.encoder = nn.Linear(3, 3, bias=False)
+        self.decoder = nn.Linear(3, 3, bias=False)
+        self.decoder.weight = self.encoder.weight
+        self.scale = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.head(self.norm(self.decoder(torch.tanh(self.encoder(x))) * self.scale))
+
+
+def bound(model, transfers=lambda name: True):
+    layout = Layout.of(model, transfers)
+    row, gradient = torch.full((layout.size,), 7.0), torch.full((layout.size,), 8.0)
+    layout.bind(model, row, gradient)
+    return layout, row, gradient
+
+
+def test_transferring_parameters_come_first_and_otherwise_in_the_models_order():
+    layout = Layout.of(Tied(), lambda name: not name.startswith("head"))
+    assert layout.names == ("encoder.weight", "norm.weight", "norm.bias", "head.weight", "head.bias")
+    assert layout.transferring == 9 + 3 + 3
+    assert layout.size == 9 + 3 + 3 + 3 + 1
+    assert Layout.of(Tied(), lambda name: False).transferring == 0
+    assert Layout.of(Tied(), lambda name: True).names[0] == "head.weight"
+
+
+def test_binding_moves_the_values_and_keeps_what_the_model_computes():
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(5, 3)
+    before, expected = {n: p.detach().clone() for n, p in model.named_parameters()}, model.eval()(x).detach()
+    layout, row, _ = bound(model, lambda name: "norm" in name)
+    torch.testing.assert_close(model(x).detach(), expected)
+    flat = torch.cat([before[name].flatten() for name in layout.names])
+    torch.testing.assert_close(row, flat, rtol=0, atol=0)
+
+
+def test_the_model_sees_the_row_and_gradients_arrive_in_it():
+    model, x = Tied(), torch.randn(5, 3)
+    layout, row, gradient = bound(model)
+    row.copy_(torch.arange(layout.size))
+    assert model.head.weight.tolist() == [[0, 1, 2]]
+    assert model.head.bias.tolist() == [3]
+    gradient.zero_()
+    model(x).sum().backward()
+    assert gradient[layout.columns({"head.bias"})].tolist() == [5]
+    with torch.no_grad():
+        model.head.bias.fill_(-1)
+    assert row[3] == -1
+
+
+def test_a_tied_parameter_stands_once_and_stays_tied():
+    model = Tied()
+    layout, row, gradient = bound(model)
+    assert "decoder.weight" not in layout.names
+    row[layout.columns({"encoder.weight"})] = 5
+    assert (model.decoder.weight == 5).all()
+    assert model.decoder.weight is model.encoder.weight
+    gradient.zero_()
+    x = torch.tensor([[1.0, 0, 0]])
+    model.decoder(model.encoder(x)).sum().backward()
+    # W W x: both uses add up. With W = 5 everywhere, ∂/∂W of 1ᵀ W W x is 1 (W x)ᵀ + Wᵀ1 xᵀ.
+    assert gradient[layout.columns({"encoder.weight"})].reshape(3, 3).tolist() == [[20, 5, 5]] * 3
+
+
+def test_frozen_parameters_and_buffers_are_in_no_row():
+    model = Tied()
+    layout, row, _ = bound(model)
+    row.fill_(3)
+    assert model.scale.item() == 2
+    assert model.norm.running_var.tolist() == [1, 1, 1]
+    assert not any("running" in name or "scale" in name for name in layout.names)
+
+
+def test_columns_marks_the_named_parameters():
+    layout = Layout.of(Tied(), lambda name: name == "norm.bias")
+    marked = layout.columns({"norm.bias", "head.bias"})
+    assert marked.dtype == torch.bool
+    assert marked.nonzero().flatten().tolist() == [0, 1, 2, 6]  # norm.bias, head.weight, head.bias, …
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="ReLU has no trainable parameters"):
+        Layout.of(nn.ReLU(), lambda name: True)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="Linear has no trainable parameters"):
+        Layout.of(frozen, lambda name: True)
+
+
+def test_a_parameter_that_is_not_floating_point_is_refused():
+    model = nn.Module()
+    model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"parameter phase is of torch\.complex64"):
+        Layout.of(model, lambda name: True)

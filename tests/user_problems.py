@@ -1,0 +1,60 @@
+"""Problems as a user may write them, right and wrong; the command line finds them by name."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from popmtl.problems import VectorProblem
+
+
+class Parabolas(VectorProblem):
+    """Two distances, and nothing wrong with it."""
+
+    objectives = ("left", "right")
+    variables = 3
+    bounds = (-2.0, 2.0)
+
+    def values(self, x):
+        return torch.stack([(x - 1).square().sum(-1), (x + 1).square().sum(-1)], -1)
+
+
+class LacksALoss(Parabolas):
+    def values(self, x):
+        return super().values(x)[..., :1]
+
+
+class NanFromTheStart(Parabolas):
+    def values(self, x):
+        return super().values(x) * torch.tensor([1.0, float("nan")])
+
+
+class NanLater(Parabolas):
+    """The second objective turns NaN in the training batch of step 5, the sixth."""
+
+    def batches(self, seed):
+        return (torch.tensor(float("nan") if t == 5 else 1.0) for t in itertools.count())
+
+    def losses(self, model, batch):
+        values = self.values(model())
+        return values if batch is None else values * torch.stack([torch.ones_like(batch), batch])
+
+
+class NoParameters(Parabolas):
+    def model(self):
+        return nn.Identity()
+
+
+class IgnoresTheModel(Parabolas):
+    def losses(self, model, batch):
+        return torch.ones(2)
+
+
+class NoBatches(Parabolas):
+    def batches(self, seed):
+        return iter(())
+
+
+class FewBatches(Parabolas):
+    def batches(self, seed):
+        return itertools.repeat(None, 3)
