@@ -16,7 +16,11 @@ OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; its exit code: 0, 1 for a failed run, 2 for a bad request, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in rest if argument.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest  # argparse leaves those that come after an option
     # A console script's path lacks the folder where it is called, and with it the user's own problem.
     sys.path.insert(0, str(Path.cwd()))
     try:

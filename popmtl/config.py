@@ -146,7 +146,7 @@ class TransferConfig(_Section):
     kernel: Literal[KERNELS] = "gaussian"  # type: ignore[valid-type]
     width: Annotated[float, Field(gt=0)] = 0.3
     nearest: Annotated[int, Field(ge=1)] = 2
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.8
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     matrix: str | None = None
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
     final: Annotated[float, Field(ge=0, le=1)] = 0.0

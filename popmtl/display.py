@@ -12,7 +12,7 @@ from rich.table import Table
 
 from popmtl.distributed.coordinator import Progress
 from popmtl.distributed.plan import RunPlan
-from popmtl.runs.results import Front
+from popmtl.runs.front import Front
 
 LINE_SECONDS = 10.0
 """Between two progress lines where there is no terminal."""

@@ -30,7 +30,8 @@ from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
 from popmtl.problems.registry import load_problem
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.results import Front, Member, load_model, model_file, write_front, write_model
+from popmtl.runs.front import Front, Member
+from popmtl.runs.results import load_model, model_file, write_front, write_model
 from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,24 +40,35 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[st
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers import the user's problem from where the command was given, as the driver does.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
+    # Ray hands the interpreter to a shell as it is; without quotes, a space in its path starts no worker at all.
+    environment["py_executable"] = shlex.quote(sys.executable)
     try:
         if address:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
+                address="local",  # without it, Ray joins a cluster that it finds running on this machine
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 runtime_env=environment,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises an OSError where nothing listens at a host and port; Ray itself would go on trying, without end."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
 def run(plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress], None]) -> Report:

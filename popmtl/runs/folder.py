@@ -13,7 +13,7 @@ import yaml
 
 from popmtl.errors import RequestError
 from popmtl.runs.files import replacing, to_json
-from popmtl.runs.results import Front
+from popmtl.runs.front import Front
 
 
 class RunFolder:

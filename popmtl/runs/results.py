@@ -3,101 +3,19 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from popmtl.errors import RequestError
-from popmtl.runs.files import replacing, to_json
+from popmtl.runs.files import replacing
+from popmtl.runs.folder import RunFolder
+from popmtl.runs.front import Front
 from popmtl.runs.picture import draw_front
-
-if TYPE_CHECKING:
-    from popmtl.runs.folder import RunFolder
-
-Stage = Literal["mtgd", "aligned_mtl"]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One model of the Pareto set.
-
-    Attributes:
-        subproblem: the number of the subproblem that it solves, from 0.
-        weights: the subproblem's weight vector, m numbers.
-        objectives: the m objective values; NaN where the model diverged.
-        metrics: further figures by name.
-        stage: the stage that the model was kept from.
-        non_dominated: whether no other member dominates it.
-        model: its weights' file, relative to the folder of front.json.
-    """
-
-    subproblem: int
-    weights: Sequence[float]
-    objectives: Sequence[float]
-    metrics: Mapping[str, float]
-    stage: Stage
-    non_dominated: bool
-    model: str
-
-
-@dataclass(frozen=True)
-class Front:
-    """The Pareto set of a run.
-
-    Attributes:
-        objectives: the m names.
-        reference_point: where the hypervolume is measured from, m numbers.
-        hypervolume: of the members' objective values.
-        seed: the run's seed.
-        steps: training steps that each member took.
-        members: all members, dominated ones too, by subproblem.
-    """
-
-    objectives: Sequence[str]
-    reference_point: Sequence[float]
-    hypervolume: float
-    seed: int
-    steps: int
-    members: Sequence[Member]
-
-    def to_json(self) -> str:
-        """The content of front.json; a value that is not finite is null."""
-        return to_json(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Front:
-        """The front that `to_json` wrote; null becomes NaN.
-
-        Raises:
-            ValueError: the text is no JSON.
-            KeyError: a part is missing.
-        """
-        content = json.loads(text)
-        return cls(
-            objectives=content["objectives"],
-            reference_point=_floats(content["reference_point"]),
-            hypervolume=_float(content["hypervolume"]),
-            seed=content["seed"],
-            steps=content["steps"],
-            members=[
-                Member(
-                    subproblem=member["subproblem"],
-                    weights=_floats(member["weights"]),
-                    objectives=_floats(member["objectives"]),
-                    metrics={name: _float(value) for name, value in member["metrics"].items()},
-                    stage=member["stage"],
-                    non_dominated=member["non_dominated"],
-                    model=member["model"],
-                )
-                for member in content["members"]
-            ],
-        )
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -210,11 +128,3 @@ def _table(front: Front) -> list[list[Any]]:
             ]
         )
     return rows
-
-
-def _float(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _floats(values: Sequence[float | None]) -> list[float]:
-    return [_float(value) for value in values]

@@ -35,7 +35,7 @@ from torch import __version__ as torch_version
 import popmtl
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.results import Front, Member
+from popmtl.runs.front import Front, Member
 from popmtl.tracking.links import Location, is_served
 
 if TYPE_CHECKING:

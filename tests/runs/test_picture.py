@@ -7,8 +7,8 @@ from matplotlib.image import imread
 
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.runs import picture
+from popmtl.runs.front import Front, Member
 from popmtl.runs.picture import draw_front
-from popmtl.runs.results import Front, Member
 
 NAN = np.nan
 

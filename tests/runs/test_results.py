@@ -15,7 +15,8 @@ from torch import nn
 from popmtl.errors import RequestError
 from popmtl.runs.files import replacing
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.results import Front, Member, load_model, load_state, write_front, write_model
+from popmtl.runs.front import Front, Member
+from popmtl.runs.results import load_model, load_state, write_front, write_model
 
 MEMBERS = [
     Member(0, [0.25, 0.75], [0.5, 0.4], {"accuracy": 0.9}, "mtgd", True, "models/0/model.safetensors"),

@@ -12,7 +12,8 @@ from mlflow import MlflowClient, pytorch
 from torch import nn
 
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.results import Front, Member, load_state, model_file, write_front, write_model
+from popmtl.runs.front import Front, Member
+from popmtl.runs.results import load_state, model_file, write_front, write_model
 from popmtl.tracking import mlflow_sink
 from popmtl.tracking.links import Location, experiment_url, front_url, run_url, server_command
 from popmtl.tracking.mlflow_sink import MlflowSink
