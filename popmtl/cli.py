@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
@@ -56,12 +57,9 @@ def train(options: argparse.Namespace) -> None:
     if options.storage:
         config = config.model_copy(update={"storage": options.storage})
     console, name = Console(), Path(options.config).stem
-    if options.dry_run and not options.address:
-        print_plan(console, make_plan(config, local_resources()))
-        return
-    if not options.address:
-        make_plan(config, local_resources())  # what is wrong is said before Ray takes its seconds to start
-    with driver.cluster(options.address) as resources:
+    with ExitStack() as session:
+        # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
+        resources = session.enter_context(driver.cluster(options.address)) if options.address else local_resources()
         plan = make_plan(config, resources)
         if options.dry_run:
             print_plan(console, plan)
@@ -71,6 +69,8 @@ def train(options: argparse.Namespace) -> None:
         folder.write_config(config.resolved())
         console.print(f"run {folder.path}", highlight=False, soft_wrap=True)
         print_warnings(console, plan.warnings)
+        if not options.address:
+            session.enter_context(driver.cluster(None, int(resources["CPU"])))
         with ProgressLine(console) as line:
             report = driver.run(plan, folder.path, name, line.show)
     print_front(console, report.front)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +22,16 @@ from popmtl.method.decomposition import MIN_WEIGHT
 from popmtl.method.mtgd import ORDERS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
 from popmtl.method.transfer import KERNELS, SCHEDULES
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean)]
 
 
 class _Section(BaseModel):
@@ -43,9 +54,9 @@ class ProblemConfig(BaseModel):
 class PopulationConfig(_Section):
     """The decomposition: N subproblems and their weight vectors."""
 
-    subproblems: Annotated[int, Field(ge=1)] | None = None
+    subproblems: Annotated[Count, Field(ge=1)] | None = None
     weights: Literal["das_dennis", "energy"] | list[list[float]] = "das_dennis"
-    min_weight: Annotated[float, Field(ge=0, lt=0.5)] = MIN_WEIGHT
+    min_weight: Annotated[Number, Field(ge=0, lt=0.5)] = MIN_WEIGHT
 
     @model_validator(mode="after")
     def _count(self) -> PopulationConfig:
@@ -61,9 +72,9 @@ class ScalarizationConfig(_Section):
     """The scalarization of every subproblem; see `popmtl.method.scalarization`."""
 
     name: Literal[SCALARIZATIONS] = "smooth_tchebycheff"  # type: ignore[valid-type]
-    mu: Annotated[float, Field(gt=0)] = 0.05
-    rho: Annotated[float, Field(ge=0)] = 0.05
-    theta: Annotated[float, Field(ge=0)] = 5.0
+    mu: Annotated[Number, Field(gt=0)] = 0.05
+    rho: Annotated[Number, Field(ge=0)] = 0.05
+    theta: Annotated[Number, Field(ge=0)] = 5.0
     ideal_point: list[float] | None = None
 
     def build(self) -> Scalarization:
@@ -83,13 +94,18 @@ class OptimizerConfig(BaseModel):
         cls = getattr(torch.optim, self.name, None)
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls in (Optimizer, torch.optim.LBFGS):
             known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
+            known = [n for n in known if n not in ("Optimizer", "LBFGS")]
             raise ValueError(
                 f"torch.optim has no optimizer {self.name!r} that takes plain steps{nearest(self.name, known)}"
             )
+        row = torch.zeros(2)
+        row.grad = torch.zeros(2)
         try:
-            self.build()([torch.zeros(2)])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.name} does not take these arguments: {error}") from error
+            self.build()([row]).step()
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.name} cannot train a row with these arguments: {error}{_argument(cls, self)}"
+            ) from error
         return self
 
     def build(self) -> partial[Optimizer]:
@@ -117,9 +133,13 @@ class LRScheduleConfig(BaseModel):
         if self.name not in known:
             raise ValueError(f"torch.optim.lr_scheduler has no {self.name!r}{nearest(self.name, known)}")
         try:
-            self.build(1)(torch.optim.SGD([torch.zeros(2)], lr=1.0))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.name} does not take these arguments: {error}") from error
+            optimizer = torch.optim.SGD([torch.zeros(2)], lr=1.0)
+            schedule = self.build(10)(optimizer)
+            optimizer.step()
+            schedule.step()
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            cls = getattr(torch.optim.lr_scheduler, self.name)
+            raise ValueError(f"{self.name} does not take these arguments: {error}{_argument(cls, self)}") from error
         return self
 
     def build(self, steps: int) -> partial[LRScheduler]:
@@ -131,10 +151,10 @@ class LRScheduleConfig(BaseModel):
 class TrainConfig(_Section):
     """The MTGD stage."""
 
-    steps: Annotated[int, Field(ge=0)] = 1000
+    steps: Annotated[Count, Field(ge=0)] = 1000
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LRScheduleConfig | None = None
-    evaluate_every: Annotated[int, Field(ge=1)] = 50
+    evaluate_every: Annotated[Count, Field(ge=1)] = 50
     dtype: Literal["float32", "float64"] = "float32"
 
 
@@ -144,13 +164,13 @@ class TransferConfig(_Section):
     order: Literal[ORDERS] = "consensus"  # type: ignore[valid-type]
     mix_moments: bool = False
     kernel: Literal[KERNELS] = "gaussian"  # type: ignore[valid-type]
-    width: Annotated[float, Field(gt=0)] = 0.3
-    nearest: Annotated[int, Field(ge=1)] = 2
-    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    width: Annotated[Number, Field(gt=0)] = 0.3
+    nearest: Annotated[Count, Field(ge=1)] = 2
+    strength: Annotated[Number, Field(ge=0, le=1)] = 0.5
     matrix: str | None = None
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    until: Annotated[float, Field(gt=0, le=1)] = 0.3
+    final: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    until: Annotated[Number, Field(gt=0, le=1)] = 0.3
     transport: Literal["auto", "local", "coordinator"] = "auto"
 
     @model_validator(mode="after")
@@ -165,7 +185,7 @@ class TransferConfig(_Section):
 class FineTuneConfig(_Section):
     """The Aligned-MTL stage, for each model alone; 0 steps leave it out."""
 
-    steps: Annotated[int, Field(ge=0)] = 0
+    steps: Annotated[Count, Field(ge=0)] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LRScheduleConfig | None = None
     scale: Literal[SCALES] = "min"  # type: ignore[valid-type]
@@ -175,11 +195,11 @@ class FineTuneConfig(_Section):
 class ResourcesConfig(_Section):
     """What each actor takes of the cluster, and how long things may take, in seconds."""
 
-    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
-    cpus_per_actor: Annotated[int, Field(ge=1)] = 1
-    max_actors: Annotated[int, Field(ge=1)] | None = None
-    start_timeout: Annotated[float, Field(gt=0)] = 120.0
-    chunk_timeout: Annotated[float, Field(gt=0)] = 600.0
+    gpus_per_actor: Annotated[Number, Field(ge=0)] | None = None
+    cpus_per_actor: Annotated[Count, Field(ge=1)] = 1
+    max_actors: Annotated[Count, Field(ge=1)] | None = None
+    start_timeout: Annotated[Number, Field(gt=0)] = 120.0
+    chunk_timeout: Annotated[Number, Field(gt=0)] = 600.0
 
 
 class FrontConfig(_Section):
@@ -214,7 +234,7 @@ class Config(_Section):
     resources: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[Count, Field(ge=0)] = 0
 
     @field_validator("problem", mode="before")
     @classmethod
@@ -233,9 +253,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         RequestError: no such file, not YAML, or keys and values that the config does not take, all of them listed.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RequestError(f"config {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise RequestError(f"config {path} is not UTF-8 text: {error}") from error
     try:
         data = _read_yaml(text)
     except yaml.YAMLError as error:
@@ -255,6 +277,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """`: did you mean …?` for a name that is close to a known one, or nothing."""
     match = difflib.get_close_matches(name, known, n=1)
     return f": did you mean {match[0]}?" if match else ""
+
+
+def _argument(cls: type, section: BaseModel) -> str:
+    """For the first key of a section that a class does not take: the argument that is close to it."""
+    known = list(inspect.signature(cls).parameters)
+    unknown = [key for key in section.model_extra or {} if key not in known]
+    return nearest(unknown[0], known) if unknown else ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -278,7 +307,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     for depth, key in enumerate(parents, 1):
         if isinstance(data.get(key), str) and key == "problem":
             data[key] = {"name": data[key]}
-        data = data.setdefault(key, {})
+        if data.get(key) is None:
+            data[key] = {}
+        data = data[key]
         if not isinstance(data, dict):
             raise RequestError(f"override {override!r}: {'.'.join(parents[:depth])} holds a value, not keys")
     try:

@@ -285,7 +285,6 @@ def test_a_problem_that_turns_nan_fails_the_run_and_is_named(shell):
     assert (last["kind"], last["error"]) == ("failed", cause)
 
 
-@pytest.mark.xfail(strict=True, reason="StopIteration comes out of the actor as it is, and says nothing")
 def test_batches_that_end_fail_the_run_and_are_named(shell):
     process = shell.start(problem="user_problems:FewBatches", train={"steps": 50}, tracking={"enabled": False})
     _, err = process.communicate(timeout=120)

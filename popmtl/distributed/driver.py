@@ -37,6 +37,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[st
 
     Raises:
         RequestError: there is no Ray at the address.
+        RunError: Ray could not be started here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Workers import the user's problem from where the command was given, as the driver does.
@@ -57,7 +58,9 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[st
                 runtime_env=environment,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
+        if address:
+            raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
+        raise RunError(f"Ray did not start on this machine: {error}") from error
     try:
         yield ray.cluster_resources()
     finally:

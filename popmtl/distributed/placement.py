@@ -71,5 +71,6 @@ def place(subproblems: int, resources: ResourcesConfig, available: Mapping[str, 
 
 
 def local_resources() -> dict[str, float]:
-    """What Ray would offer on this machine."""
-    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    """This machine's processors, as far as this process may use them, and GPUs, by Ray's names."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"CPU": float(cpus), "GPU": float(torch.cuda.device_count())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_
 from popmtl.problems.registry import load_problem
 
 Matrix = NDArray[np.float64]
+NAME = re.compile(r"[\w\-. :/]+")
+"""What MLflow takes as the name of a metric."""
+
 Transport = Literal["local", "coordinator"]
 
 
@@ -102,7 +106,15 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         raise RequestError(
             f"problem {config.problem.name}: needs two or more objectives of different names: {objectives}"
         )
+    for name in (*objectives, *problem.metrics):
+        if not NAME.fullmatch(name):
+            raise RequestError(
+                f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives and metrics have "
+                "letters, digits, spaces and _-.:/ only"
+            )
     W = _about("population", lambda: _weights(config, m))
+    if config.scalarization.name == "pbi" and not W.all():
+        raise RequestError("population.weights: the pbi scalarization takes no weight of 0")
     M = _about("transfer", lambda: _coefficients(config, W))
     recipe = Recipe(
         optimizer=config.train.optimizer.build(),

@@ -85,8 +85,10 @@ def align(gradients: Tensor, w: Tensor, scale: str = "min", tasks: Sequence[str]
         tasks: names of the tasks for the error message.
 
     The gradients are scaled by their largest entry and the Gramian is formed in float64, so that gradients of any size
-    that their dtype can hold do not over- or underflow in it. What counts as rank-deficient still follows the
-    gradients' own precision: a direction that is only their rounding error must not set the scale of the update.
+    that their dtype can hold do not over- or underflow in it. Which directions count as rank-deficient follows the
+    gradients' precision, float32 at the finest: one that is only rounding error must not set the scale of the update,
+    and one of κ beyond some 2000 would bring training to a halt (on the paper's toy, float64's finer cut leaves one
+    of the five starts short of the optimum).
 
     Raises:
         FloatingPointError: a gradient that is not finite, naming its task.
@@ -102,7 +104,7 @@ def align(gradients: Tensor, w: Tensor, scale: str = "min", tasks: Sequence[str]
         return Aligned(torch.zeros_like(gradients[0]), torch.zeros(m, dtype=torch.float64), 1.0, 0, 1.0, 1.0)
     columns = ((g / largest).double() for g in gradients.split(COLUMNS, dim=1))
     gramian = torch.stack([g @ g.mT for g in columns]).sum(0)
-    eps = torch.finfo(gradients.dtype).eps
+    eps = max(torch.finfo(gradients.dtype).eps, torch.finfo(torch.float32).eps)
     a = aligned_coefficients(gramian, w.to(gramian), scale, eps)
     return Aligned(a.to(gradients) @ gradients, a.cpu(), *stability(gramian, eps))
 

@@ -57,12 +57,21 @@ class Course:
         self.reference_point = None if reference_point is None else np.asarray(reference_point, dtype=np.float64)
 
     def observe(self, F: Matrix) -> Observation:
-        """Records the objective values F, shape (N, m), of the current step; a tracked ideal point follows."""
+        """Records the objective values F, shape (N, m), of the current step; a tracked ideal point follows.
+
+        Rows that are not finite count for nothing.
+
+        Raises:
+            FloatingPointError: no row is finite.
+        """
+        finite = F[np.isfinite(F).all(1)]
+        if not len(finite):
+            raise FloatingPointError(f"no subproblem has finite validation losses at step {self.step}")
         if self.reference_point is None:
-            worst = F.max(0)
+            worst = finite.max(0)
             self.reference_point = worst + REFERENCE_MARGIN * np.maximum(np.abs(worst), 1)
         if self.tracks_ideal:
-            least = F.min(0)
+            least = finite.min(0)
             self.ideal = least if self.ideal is None else np.minimum(self.ideal, least)
         volume = hypervolume(F, self.reference_point)
         self.history.append(Observation(self.step, F, volume, int(non_dominated(F).sum())))

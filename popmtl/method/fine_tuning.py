@@ -115,7 +115,7 @@ class FineTuning:
         f = block.problem.losses(block.models[i], batch)
         block.check_losses(i, f.detach(), t)
         G = task_gradients(f, block.models[i], block)
-        aligned = align(G[:, self.shared], block.weights[i], self.recipe.scale, block.problem.objectives)
+        aligned = self.align(G[:, self.shared], i, t)
         block.gradients[i] = G.sum(0)
         block.gradients[i, self.shared] = aligned.update
         return f.detach(), aligned
@@ -134,9 +134,17 @@ class FineTuning:
             if cut.grad is None:
                 raise ValueError("a loss does not depend on the representation, which Aligned-MTL-UB needs")
             Z.append(cut.grad.flatten())
-        aligned = align(torch.stack(Z), block.weights[i], self.recipe.scale, problem.objectives)
+        aligned = self.align(torch.stack(Z), i, t)
         representation.backward(aligned.update.view_as(representation))
         return f.detach(), aligned
+
+    def align(self, gradients: Tensor, i: int, t: int) -> Aligned:
+        """The aligned update of row i's task gradients, shape (m, …)."""
+        block = self.block
+        try:
+            return align(gradients, block.weights[i], self.recipe.scale, block.problem.objectives)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}, for subproblem {block.subproblems[i]} at step {t}") from None
 
     def finish(self) -> list[FineTuned]:
         """Evaluates, puts back every model that became worse, and tells what came of each."""

@@ -184,7 +184,14 @@ class Block:
         """Row i's batch of step t. Seeds torch for it, so that dropout depends on subproblem and step alone."""
         for generator in self.generators:
             generator.manual_seed((self.seeds[i] + t) % 2**63)
-        return to_model(next(self.streams[i]), self.rows)
+        try:
+            batch = next(self.streams[i])
+        except StopIteration:
+            subproblem = self.subproblems[i]
+            raise ValueError(
+                f"the training batches of subproblem {subproblem} ended at step {t}, not endless"
+            ) from None
+        return to_model(batch, self.rows)
 
     def check_finite(self, losses: Tensor, t: int) -> None:
         """Refuses losses (k, m) or gradients that are not finite, before they reach an optimizer or another row."""

@@ -194,12 +194,12 @@ def test_stability_takes_the_least_pair():
 
 def test_rounding_of_collinear_float32_gradients_sets_no_scale():
     g = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    G = torch.stack([g, g * 0.1, g / 3])
+    G = torch.stack([g, (g / 10 + 10) - 10, g / 3])
     w = torch.tensor([0.2, 0.3, 0.5])
     assert np.linalg.matrix_rank(G.double().numpy()) == 3  # the rounding is there
     aligned = align(G, w)
     assert aligned.rank == 1
-    torch.testing.assert_close(aligned.update, w @ G)
+    torch.testing.assert_close(aligned.update, w @ G, rtol=1e-5, atol=1e-5)
 
 
 def test_more_columns_than_are_held_at_a_time():
@@ -244,6 +244,13 @@ def test_reaches_the_optimum_of_the_paper_from_its_five_starts_where_the_plain_s
     assert arrived() == [True] * 5 + [False, True, False, True, True]
 
 
+def aligned_by_svd(J: torch.Tensor, w: list[float]) -> torch.Tensor:
+    """σ_min U Vᵀ w of the gradients as columns (the paper's eq. 5), singular values cut as the official code does."""
+    U, sigma, Vh = np.linalg.svd(J.numpy().T, full_matrices=False)
+    kept = sigma**2 > sigma[0] ** 2 * len(w) * np.finfo(np.float32).eps
+    return torch.from_numpy(sigma[kept].min() * U[:, kept] @ Vh[kept] @ np.array(w))
+
+
 def test_train_population_takes_the_steps_of_a_hand_written_loop_on_the_toy():
     steps = 300
     for start in (STARTS[2], STARTS[3]):
@@ -258,9 +265,8 @@ def test_train_population_takes_the_steps_of_a_hand_written_loop_on_the_toy():
             )
             x = torch.tensor(start, dtype=DOUBLE, requires_grad=True)
             optimizer = torch.optim.Adam([x], lr=1e-2)
-            aggregator = AlignedMTL(pref_vector=rows(weights)[0])
             for _ in range(steps):
-                x.grad = aggregator(torch.autograd.functional.jacobian(AlignedToy().values, x.detach()))
+                x.grad = aligned_by_svd(torch.autograd.functional.jacobian(AlignedToy().values, x.detach()), weights)
                 optimizer.step()
             assert population.fine_tuned[0].kept
             torch.testing.assert_close(population.block.rows[0], x.detach(), rtol=0, atol=1e-10)

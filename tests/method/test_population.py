@@ -74,6 +74,7 @@ def test_the_result_tells_the_course():
     assert seen == population.history
     assert population.reference_point.tolist() == [1.2, 1.2]
     assert len(population.fine_tuned) == 3
+    assert all(tuned.condition >= 1 for tuned in population.fine_tuned)  # None without steps
     # The last observation precedes fine-tuning, whose evaluations are of the rows as they are now.
     np.testing.assert_allclose(
         [tuned.evaluation.objectives.tolist() for tuned in population.fine_tuned],
