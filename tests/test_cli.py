@@ -75,7 +75,7 @@ def refusal(config, capsys):
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(plan_of, monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
     figures, out = plan_of("resources.gpus_per_actor=0", problem={"name": "vlmop2", "variables": 10})
     assert figures["subproblems"].startswith("4, ")
     assert figures["actors"] == "3 actors of 1 CPU each"
