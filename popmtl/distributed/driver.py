@@ -40,7 +40,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[st
         RunError: Ray could not be started here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's workers have the lowest priority but for idle ones; beside any other busy process training would all but stop.
+    # Ray gives its workers a low priority (15): beside any other busy process, training would all but stop.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Workers import the user's problem from where the command was given, as the driver does.
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
