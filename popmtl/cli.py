@@ -56,7 +56,9 @@ def train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if options.storage:
         config = config.model_copy(update={"storage": options.storage})
-    console, name = Console(), Path(options.config).stem
+    name, console = Path(options.config).stem, Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a pipe has no width of its own
     with ExitStack() as session:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
         resources = session.enter_context(driver.cluster(options.address)) if options.address else local_resources()

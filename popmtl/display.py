@@ -83,7 +83,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     for name, value in lines:
         grid.add_row(name, value)
     console.print(grid)
-    table = _table("weight vectors and transfer")
+    table = _table()
     for name in ("subproblem", f"weights of {', '.join(plan.objectives)}", "keeps of its own"):
         table.add_column(name, justify="right")
     table.add_column("takes most from")
@@ -106,11 +106,12 @@ def print_front(console: Console, front: Front) -> None:
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
     title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.hypervolume:.5g} at ({point})"
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
-    table = _table(title)
+    table = _table()
     table.add_column("model", justify="right")
     for name in ("weights", *front.objectives, *metrics):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     table.add_column("stage")
     for member in front.members:
         figures = [*member.objectives, *(member.metrics[name] for name in metrics)]
@@ -125,8 +126,8 @@ def print_front(console: Console, front: Front) -> None:
     console.print("* non-dominated", style="dim")
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _bytes(count: float) -> str:
