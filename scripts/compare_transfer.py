@@ -27,10 +27,9 @@ from rich.table import Table
 
 from popmtl.config import load_config
 from popmtl.distributed.placement import local_resources
-from popmtl.distributed.plan import make_plan
+from popmtl.distributed.plan import make_plan, train_in_process
 from popmtl.method.front import hypervolume
-from popmtl.method.population import objective_matrix, train_population
-from popmtl.problems.registry import load_problem
+from popmtl.method.population import objective_matrix
 
 SIDES = ("independent", "mtgd")
 
@@ -41,20 +40,10 @@ def train(config_path: str, overrides: list[str], side: str, batch: int, rate: f
     if side == "independent":
         choices.append("transfer=none")
     plan = make_plan(load_config(config_path, [*overrides, *choices]), local_resources())
-    problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
     start = time.process_time()
     run = {"side": side, "batch": batch, "rate": rate, "seed": seed, "steps": [], "hypervolume": []}
     try:
-        population = train_population(
-            problem,
-            plan.W,
-            plan.recipe,
-            plan.factors,
-            plan.M,
-            evaluate_every=plan.config.train.evaluate_every,
-            ideal_point=plan.ideal_point,
-            reference_point=plan.reference_point,
-        )
+        population = train_in_process(plan)
     except FloatingPointError as error:
         return {**run, "diverged": str(error), "end": 0.0, "test": 0.0}
     run["steps"] = [seen.step for seen in population.history]

@@ -4,26 +4,15 @@ import numpy as np
 import pytest
 
 from popmtl.config import load_config
-from popmtl.distributed.plan import make_plan
+from popmtl.distributed.plan import make_plan, train_in_process
 from popmtl.method.front import non_dominated
-from popmtl.method.population import objective_matrix, train_population
-from popmtl.problems.registry import load_problem
+from popmtl.method.population import objective_matrix
 
 
 def train(config, *overrides):
     """Trains a config in this process; the population and the evaluations on the test split."""
     plan = make_plan(load_config(config, overrides), {"CPU": 1.0})
-    population = train_population(
-        load_problem(plan.config.problem.name, plan.config.problem.parameters),
-        plan.W,
-        plan.recipe,
-        plan.factors,
-        plan.M,
-        aligned=plan.aligned,
-        evaluate_every=plan.config.train.evaluate_every,
-        ideal_point=plan.ideal_point,
-        reference_point=plan.reference_point,
-    )
+    population = train_in_process(plan)
     return population, population.block.evaluate("test")
 
 

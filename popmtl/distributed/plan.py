@@ -20,6 +20,7 @@ from popmtl.method.decomposition import check_weights, weight_vectors
 from popmtl.method.fine_tuning import AlignedRecipe, shared_parameters
 from popmtl.method.flat import Layout
 from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
+from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Problem, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
@@ -161,6 +162,21 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
     )
 
 
+def train_in_process(plan: RunPlan) -> Population:
+    """The run of a plan in this process, on the CPU and without Ray; the distributed run equals it."""
+    return train_population(
+        load_problem(plan.config.problem.name, plan.config.problem.parameters),
+        plan.W,
+        plan.recipe,
+        plan.factors,
+        plan.M,
+        aligned=plan.aligned,
+        evaluate_every=plan.config.train.evaluate_every,
+        ideal_point=plan.ideal_point,
+        reference_point=plan.reference_point,
+    )
+
+
 def check_problem(
     name: str, problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None = None
 ) -> tuple[Layout, int]:
@@ -194,7 +210,7 @@ def check_problem(
     except StopIteration as error:
         raise RequestError(f"problem {name}: its training batches ended; the stream must be endless") from error
     except Exception as error:  # whatever a user's problem raises is about the problem
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
         raise RequestError(f"problem {name}: {kind}{error}") from error
     return layout, shared
 

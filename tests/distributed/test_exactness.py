@@ -5,8 +5,7 @@ import pytest
 import torch
 from toy_problems import config
 
-from popmtl.method.population import train_population
-from popmtl.problems.registry import load_problem
+from popmtl.distributed.plan import train_in_process
 from popmtl.runs.results import load_state
 
 ADAM = {"name": "Adam", "lr": 0.01}
@@ -14,15 +13,7 @@ SGD = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
 
 
 def reference(plan):
-    population = train_population(
-        load_problem(plan.config.problem.name, {}),
-        plan.W,
-        plan.recipe,
-        plan.factors,
-        plan.M,
-        aligned=plan.aligned,
-        evaluate_every=plan.config.train.evaluate_every,
-    )
+    population = train_in_process(plan)
     return population, [model.state_dict() for model in population.block.models]
 
 
