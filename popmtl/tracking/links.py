@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from urllib.parse import urlencode
 
 HOST, PORT = "127.0.0.1", 5000
 
@@ -42,22 +41,9 @@ def server_command(uri: str) -> str | None:
     )
 
 
-def experiment_url(location: Location) -> str:
-    """The page that lists the experiment's runs, members nested under their population."""
-    return _url(location, f"experiments/{location.experiment_id}/runs")
-
-
 def run_url(location: Location) -> str:
     """The page of the population's run."""
-    return _url(location, f"experiments/{location.experiment_id}/runs/{location.run_id}")
-
-
-def front_url(location: Location) -> str:
-    """The page that shows the picture of the front."""
-    return _url(location, f"experiments/{location.experiment_id}/runs/{location.run_id}/artifacts/pareto/front.png")
-
-
-def _url(location: Location, page: str) -> str:
     base = location.uri.rstrip("/") if is_served(location.uri) else f"http://{HOST}:{PORT}"
-    # Without it MLflow opens its pages for language-model traces.
-    return f"{base}/#/{page}?{urlencode({'workflowType': 'machine_learning'})}"
+    # Without the workflow type MLflow opens its pages for language-model traces.
+    page = f"experiments/{location.experiment_id}/runs/{location.run_id}"
+    return f"{base}/#/{page}?workflowType=machine_learning"

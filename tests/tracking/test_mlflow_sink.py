@@ -15,7 +15,7 @@ from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_state, model_file, write_front, write_model
 from popmtl.tracking import mlflow_sink
-from popmtl.tracking.links import Location, experiment_url, front_url, run_url, server_command
+from popmtl.tracking.links import Location, run_url, server_command
 from popmtl.tracking.mlflow_sink import MlflowSink
 
 OBJECTIVES = ["left", "right digit"]
@@ -290,5 +290,4 @@ def test_links():
     assert run_url(local) == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
     served = Location("https://mlflow.example/", "1", "abc")
     assert server_command(served.uri) is None
-    assert experiment_url(served) == "https://mlflow.example/#/experiments/1/runs?workflowType=machine_learning"
-    assert front_url(served).endswith("/runs/abc/artifacts/pareto/front.png?workflowType=machine_learning")
+    assert run_url(served) == "https://mlflow.example/#/experiments/1/runs/abc?workflowType=machine_learning"
