@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 
 HOST, PORT = "127.0.0.1", 5000
@@ -35,9 +37,10 @@ def server_command(uri: str) -> str | None:
     """
     if is_served(uri):
         return None
+    program = "mlflow" if shutil.which("mlflow") else f"{shlex.quote(sys.executable)} -m mlflow"
     return (
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false "
-        f"mlflow server --backend-store-uri {shlex.quote(uri)} --host {HOST} --port {PORT} --workers 1"
+        f"{program} server --backend-store-uri {shlex.quote(uri)} --host {HOST} --port {PORT} --workers 1"
     )
 
 
