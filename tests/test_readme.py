@@ -56,5 +56,8 @@ def test_the_keys_and_defaults_of_the_readme_are_those_of_the_config():
 
 def test_what_the_readme_points_to_exists():
     text = (ROOT / "README.md").read_text()
-    for path in [*re.findall(r"\]\((?!http)([^)]+)\)", text), *re.findall(r"bash (\S+\.sh)", text)]:
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    paths = [*re.findall(r"\]\((?!http)([^)]+)\)", prose), *re.findall(r"(?:bash|python) (s\S+\.(?:sh|py))", text)]
+    assert len(paths) >= 4
+    for path in paths:
         assert (ROOT / path).is_file(), path
