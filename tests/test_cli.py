@@ -16,6 +16,7 @@ import pytest
 import ray
 import user_problems
 import yaml
+from ray.cluster_utils import Cluster
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.runs.folder import RunFolder
@@ -254,6 +255,24 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     assert (again.returncode, out) == (BAD_REQUEST, "")
     assert "exists already: give this run another --run-name" in err
     assert json.loads((run.pareto / "front.json").read_text()) == front
+
+
+def test_a_run_joins_a_cluster_brings_its_problem_and_leaves_the_cluster_running(shell):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        process = shell.start(
+            "--address",
+            cluster.address,
+            problem="user_problems:NanLater",
+            train={"steps": 3, "evaluate_every": 3},
+            tracking={"enabled": False},
+        )
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == OK, err
+        assert len(shell.run.front().members) == 4
+        assert cluster.head_node.live_processes()
+    finally:
+        cluster.shutdown()
 
 
 def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing_behind(shell):
