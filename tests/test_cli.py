@@ -16,7 +16,6 @@ import pytest
 import ray
 import user_problems
 import yaml
-from ray.cluster_utils import Cluster
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.runs.folder import RunFolder
@@ -169,13 +168,17 @@ class Shell:
         self.mark = f"POPMTL_TEST_{uuid4().hex}"
         shutil.copy(user_problems.__file__, folder)
 
+    @property
+    def environment(self):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+        return clean | {self.mark: "1"}
+
     def start(self, *arguments, **data):
         (self.folder / "small.yaml").write_text(yaml.safe_dump(VLMOP2 | data))
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
         return subprocess.Popen(
             [Path(sys.executable).with_name("popmtl"), "train", "small.yaml", "--run-name", "one", *arguments],
             cwd=self.folder,
-            env=environment | {self.mark: "1"},
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -257,22 +260,33 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     assert json.loads((run.pareto / "front.json").read_text()) == front
 
 
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+print("address", cluster.address, flush=True)
+sys.stdin.readline()
+print("running" if cluster.head_node.live_processes() else "gone", flush=True)
+cluster.shutdown()
+"""
+
+
 def test_a_run_joins_a_cluster_brings_its_problem_and_leaves_the_cluster_running(shell):
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    # In a process of its own: whether Ray asks for a token depends on what its process did before.
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    head = subprocess.Popen([sys.executable, "-c", HEAD], env=shell.environment, **pipes)
     try:
+        address = next(line.split()[1] for line in head.stdout if line.startswith("address"))
+        train = {"steps": 3, "evaluate_every": 3}
         process = shell.start(
-            "--address",
-            cluster.address,
-            problem="user_problems:NanLater",
-            train={"steps": 3, "evaluate_every": 3},
-            tracking={"enabled": False},
+            "--address", address, problem="user_problems:NanLater", train=train, tracking={"enabled": False}
         )
         _, err = process.communicate(timeout=120)
         assert process.returncode == OK, err
         assert len(shell.run.front().members) == 4
-        assert cluster.head_node.live_processes()
     finally:
-        cluster.shutdown()
+        out, _ = head.communicate("\n", timeout=60)
+    assert "running" in out
 
 
 def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing_behind(shell):

@@ -53,7 +53,8 @@ def test_multimnist_is_learned_from_real_images(shared_data):
         "configs/multimnist.yaml",
         f"problem.folder={folder}",
         "population.subproblems=3",
-        "train.steps=400",
+        "train.steps=300",
+        "train.evaluate_every=300",
         "fine_tune.steps=0",
     )
     assert accuracies(test).mean(1).max() > 0.8
