@@ -15,15 +15,15 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from popmtl.distributed.mixing.coordinator import Exchange
-from popmtl.distributed.plan import RunPlan
+from popmtl.distributed.plan import DIVERGENCE, RunPlan
 from popmtl.distributed.subproblem import Steps, SubproblemActor
 from popmtl.errors import RunError
-from popmtl.method.course import Course
+from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.method.population import objective_matrix
@@ -121,8 +121,8 @@ class Coordinator:
             raise
         except Exception as error:  # noqa: BLE001  # of a user's problem, of Ray, of ours: each is recorded, and fails the run
             reason = describe_failure(error)
-            if isinstance(error, FloatingPointError) and self.plan.warnings:
-                reason += f"; {self.plan.warnings[0]}"
+            if isinstance(error, FloatingPointError) and self.plan.may_diverge:
+                reason += f"; {DIVERGENCE}"
             self.folder.append_event("failed", step=self.course.step, error=reason, traceback=traceback.format_exc())
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
@@ -193,19 +193,15 @@ class Coordinator:
                 await self._observe()
 
     async def _observe(self) -> None:
-        F = objective_matrix(await self._evaluations("validation"))
-        self.course.observe(F)
-        self._record("mtgd", self.course.step, F)
+        self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
 
-    def _record(self, stage: str, step: int, F: NDArray[np.float64], more: Mapping[str, Any] | None = None) -> None:
+    def _record(self, stage: str, seen: Observation, more: Mapping[str, Any] | None = None) -> None:
         """Writes an evaluation on the validation split to the run folder and to MLflow."""
-        assert self.course.reference_point is not None  # the run has been observed
-        volume, front_size = hypervolume(F, self.course.reference_point), int(non_dominated(F).sum())
-        self.now = replace(self.now, hypervolume=volume)
-        record = {"stage": stage, "step": step, "hypervolume": volume, "front_size": front_size}
-        self.folder.append_metrics({**record, "validation": F.tolist(), **(more or {})})
+        self.now = replace(self.now, hypervolume=seen.hypervolume)
+        record = {"stage": stage, "step": seen.step, "hypervolume": seen.hypervolume, "front_size": seen.front_size}
+        self.folder.append_metrics({**record, "validation": seen.F.tolist(), **(more or {})})
         if self.sink:
-            self.sink.log_evaluation(step, volume, front_size, F)
+            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F)
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
@@ -227,8 +223,8 @@ class Coordinator:
             "cosine": [one.cosine for one in fine_tuned],
             "magnitude_similarity": [one.magnitude_similarity for one in fine_tuned],
         }
-        F = objective_matrix([one.evaluation for one in fine_tuned])
-        self._record("aligned_mtl", trained + total, F, {**figures, "kept": [one.kept for one in fine_tuned]})
+        seen = self.course.measure(objective_matrix([one.evaluation for one in fine_tuned]), trained + total)
+        self._record("aligned_mtl", seen, {**figures, "kept": [one.kept for one in fine_tuned]})
         if self.sink:
             named = {f"aligned_mtl/{name}": values for name, values in figures.items()}
             self.sink.log_member_figures(trained + total, named)
@@ -319,7 +315,7 @@ class Coordinator:
             return await asyncio.wait_for(call, limit)
         except asyncio.TimeoutError:
             raise RunError(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
-        except ActorDiedError as error:
+        except RayActorError as error:
             raise RunError(f"{name} died: {error}") from error
 
     def _enter(self, stage: Stage, steps: int) -> None:

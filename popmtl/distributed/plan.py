@@ -29,6 +29,10 @@ Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
 
+DIVERGENCE = (
+    "below m_ii = 1/2 the consensus order can diverge at a high learning rate; order adapt_then_combine is stable there"
+)
+
 Transport = Literal["local", "coordinator"]
 
 
@@ -74,6 +78,11 @@ class RunPlan:
     def transfers(self) -> bool:
         """Whether any step moves rows."""
         return self.transferring > 0 and bool(self.factors.any()) and not np.array_equal(self.M, np.eye(len(self.M)))
+
+    @property
+    def may_diverge(self) -> bool:
+        """Whether the transfer itself can make the rows diverge."""
+        return self.recipe.order == "consensus" and may_diverge(self.M)
 
     def bytes_moved_per_step(self) -> int:
         """Bytes that all actors together send and receive for the transfer of one step."""
@@ -135,10 +144,7 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
     placement = _placement(config, len(W), available)
     warnings = []
     if recipe.order == "consensus" and may_diverge(M):
-        warnings.append(
-            f"transfer.strength: some m_ii is {np.diag(M).min():.2f}, below 1/2, where the consensus order can diverge "
-            "at a high learning rate; order adapt_then_combine is stable there"
-        )
+        warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
     return RunPlan(
@@ -157,7 +163,7 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         transferring=layout.transferring,
         shared=shared,
         placement=placement,
-        transport="local" if len(placement.rows) == 1 else "coordinator",
+        transport="local" if len(placement.rows) == 1 and config.transfer.transport != "coordinator" else "coordinator",
         warnings=tuple(warnings),
     )
 

@@ -73,9 +73,14 @@ class Course:
         if self.tracks_ideal:
             least = finite.min(0)
             self.ideal = least if self.ideal is None else np.minimum(self.ideal, least)
-        volume = hypervolume(F, self.reference_point)
-        self.history.append(Observation(self.step, F, volume, int(non_dominated(F).sum())))
+        self.history.append(self.measure(F, self.step))
         return self.history[-1]
+
+    def measure(self, F: Matrix, step: int) -> Observation:
+        """The objective values F, shape (N, m), of a step, measured from the run's reference point."""
+        if self.reference_point is None:
+            raise ValueError("the population must be observed once, to have a reference point")
+        return Observation(step, F, hypervolume(F, self.reference_point), int(non_dominated(F).sum()))
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
         """The steps up to the next evaluation, or `longest` of them; None when the run's steps are done."""

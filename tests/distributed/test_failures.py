@@ -13,13 +13,17 @@ from popmtl.errors import RunError
 from popmtl.runs.folder import RunFolder
 
 
-def test_a_loss_that_turns_nan_names_subproblem_objective_and_step(run, tmp_path):
-    data = config(2) | {"problem": {"name": "toy_problems:NoisyRegression", "fail_at": 5}}
-    with pytest.raises(RunError, match=r"objective left of subproblem \d is nan at step 5"):
+@pytest.mark.parametrize(("strength", "blamed"), [(0.6, True), (0.5, False)])
+def test_a_loss_that_turns_nan_names_subproblem_objective_and_step(run, tmp_path, strength, blamed):
+    """And, where the coefficients are such that the transfer may be the cause, says that it may."""
+    data = config(2, transfer={"strength": strength}, scalarization={"name": "weighted_sum"})
+    data["problem"] = {"name": "toy_problems:NoisyRegression", "fail_at": 5}
+    with pytest.raises(RunError, match=r"objective left of subproblem \d is nan at step 5") as failure:
         run(data)
+    assert ("can diverge" in str(failure.value)) == blamed
+    assert "concave" not in str(failure.value)
     last = RunFolder(tmp_path / "runs" / "run-1").events()[-1]
-    assert last["kind"] == "failed"
-    assert "at step 5" in last["error"]
+    assert (last["kind"], last["error"]) == ("failed", str(failure.value))
 
 
 def test_actors_that_find_no_room_end_the_start_and_say_what_is_free(run):

@@ -56,6 +56,12 @@ def test_the_local_transport_puts_every_row_on_one_actor():
         plan(data)
 
 
+def test_the_coordinator_transport_is_taken_where_it_is_asked_for():
+    made = plan(config(1, transfer={"transport": "coordinator"}))
+    assert (len(made.placement.rows), made.transport) == (1, "coordinator")
+    assert made.bytes_moved_per_step() > 0
+
+
 def test_a_matrix_from_a_file_is_taken_and_checked(tmp_path):
     M = np.array([[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0.25, 0.25, 0.25, 0.25]])
     np.save(tmp_path / "M.npy", M)
@@ -72,5 +78,6 @@ def test_a_matrix_from_a_file_is_taken_and_checked(tmp_path):
 def test_a_coefficient_that_may_diverge_is_a_warning_and_no_error():
     assert not plan(config(2, transfer={"strength": 0.5})).warnings
     (warning,) = plan(config(2, transfer={"strength": 0.6})).warnings
-    assert "below 1/2" in warning
+    assert "m_ii is 0.40" in warning
+    assert "below m_ii = 1/2" in warning
     assert not plan(config(2, "adapt_then_combine")).warnings
