@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from popmtl.errors import RequestError
 from popmtl.method.aligned_mtl import SCALES
 from popmtl.method.decomposition import MIN_WEIGHT
-from popmtl.method.mtgd import ORDERS
+from popmtl.method.mtgd import ORDERS, PRECISIONS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
 from popmtl.method.transfer import KERNELS, SCHEDULES
 
@@ -156,6 +156,14 @@ class TrainConfig(_Section):
     lr_schedule: LRScheduleConfig | None = None
     evaluate_every: Annotated[Count, Field(ge=1)] = 50
     dtype: Literal["float32", "float64"] = "float32"
+    precision: Literal[PRECISIONS] = "full"  # type: ignore[valid-type]
+    execution: Literal["auto", "loop", "stacked"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.precision == "bf16" and self.dtype != "float32":
+            raise ValueError("precision bf16 needs dtype: float32")
+        return self
 
 
 class TransferConfig(_Section):
@@ -171,12 +179,15 @@ class TransferConfig(_Section):
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
     final: Annotated[Number, Field(ge=0, le=1)] = 0.0
     until: Annotated[Number, Field(gt=0, le=1)] = 0.3
-    transport: Literal["auto", "local", "coordinator"] = "auto"
+    transport: Literal["auto", "local", "shared_memory", "collective", "coordinator"] = "auto"
+    wire_dtype: Literal["bfloat16"] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferConfig:
         if self.mix_moments and self.order != "adapt_then_combine":
             raise ValueError("mix_moments needs order: adapt_then_combine")
+        if self.mix_moments and self.wire_dtype:
+            raise ValueError("wire_dtype is for parameters; the optimizer's moments need more precision (mix_moments)")
         if self.schedule == "geometric" and self.final == 0:
             raise ValueError("schedule geometric never reaches 0: give a final factor above it")
         return self
@@ -240,6 +251,12 @@ class Config(_Section):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.transfer.wire_dtype and self.train.dtype != "float32":
+            raise ValueError(f"transfer.wire_dtype bfloat16 needs train.dtype: float32, not {self.train.dtype}")
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data that makes this config again."""

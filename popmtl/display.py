@@ -25,6 +25,7 @@ class ProgressLine:
         self.console = console
         self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self.stage: str | None = None
+        self.execution: str | None = None
         self.shown = 0.0
 
     def __enter__(self) -> ProgressLine:
@@ -39,6 +40,9 @@ class ProgressLine:
     def show(self, progress: Progress) -> None:
         """Shows where the run stands."""
         line = progress_text(progress)
+        if progress.execution != self.execution:
+            self.execution = progress.execution
+            self.console.print(f"rows of an actor: {self.execution}", highlight=False, soft_wrap=True)
         if self.live:
             self.live.update(line, refresh=True)
         elif progress.stage != self.stage or time.monotonic() - self.shown >= LINE_SECONDS:
@@ -72,13 +76,15 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("actors", plan.placement.describe()),
         ("rows per actor", ", ".join(str(len(rows)) for rows in plan.placement.rows)),
         ("GPUs", f"{len(plan.placement.rows) * plan.placement.gpus:g}"),
-        ("transport", f"{plan.transport}, {config.transfer.order}" if plan.transfers else "none: nothing transfers"),
+        ("order", config.transfer.order),
+        ("transport", f"{plan.transport.name}: {plan.transport.why}" if plan.transfers else "none: nothing transfers"),
+        ("overlap", plan.transport.overlap if plan.transfers else "none: nothing transfers"),
         ("parameters", f"{plan.parameters:,} a model, {plan.transferring:,} of them transfer, {dtype}"),
-        ("moved per step", _bytes(plan.bytes_moved_per_step())),
+        ("sent per step", _bytes(plan.bytes_sent_per_step())),
         ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
     ]
     if plan.aligned and plan.aligned.variant == "exact":
-        lines.insert(8, ("aligned", f"{plan.shared:,} shared parameters"))
+        lines.insert(-2, ("aligned", f"{plan.shared:,} shared parameters"))
     grid = Table.grid(padding=(0, 2))
     for name, value in lines:
         grid.add_row(name, value)

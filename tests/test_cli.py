@@ -76,15 +76,18 @@ def refusal(config, capsys):
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(plan_of, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2}, raising=False)
-    figures, out = plan_of("resources.gpus_per_actor=0", problem={"name": "vlmop2", "variables": 10})
+    choices = ("resources.gpus_per_actor=0", "transfer.transport=coordinator")
+    figures, out = plan_of(*choices, problem={"name": "vlmop2", "variables": 10})
     assert figures["subproblems"].startswith("4, ")
     assert figures["actors"] == "3 actors of 1 CPU each"
     assert figures["rows per actor"] == "1, 1, 2"
     assert figures["GPUs"] == "0"
-    assert figures["transport"] == "coordinator, consensus"
+    assert figures["order"] == "consensus"
+    assert figures["transport"] == "coordinator: asked for"
+    assert figures["overlap"] == "behind the forward and backward passes"
     assert figures["parameters"] == "10 a model, 10 of them transfer, float32"
     # Four rows of ten floats, each sent and received once.
-    assert figures["moved per step"] == "320 bytes"
+    assert figures["sent per step"] == "320 bytes"
     assert figures["memory per actor"].split()[1] == "bytes"
     for i, w in enumerate(("0.010 0.990", "0.337 0.663", "0.663 0.337", "0.990 0.010")):
         assert any(line.split()[:3] == [str(i), *w.split()] for line in out.splitlines()), out
@@ -103,8 +106,8 @@ def test_a_dry_run_follows_the_config(plan_of):
     figures, _ = plan_of("transfer.transport=local", "train.dtype=float64", "train.steps=7", "fine_tune.steps=5")
     assert figures["actors"].startswith("1 ")
     assert figures["rows per actor"] == "4"
-    assert figures["transport"] == "local, consensus"
-    assert figures["moved per step"] == "0 bytes"
+    assert figures["transport"] == "local: asked for"
+    assert figures["sent per step"] == "0 bytes"
     assert figures["parameters"].endswith("float64")
     assert figures["steps"] == "7 MTGD, 5 Aligned-MTL"
     figures, _ = plan_of("transfer=none")
@@ -230,7 +233,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     assert "Traceback" not in err
     run = shell.run
     assert run.config()["train"]["steps"] == 30
-    assert [event["kind"] for event in run.events()] == ["started", "finished"]
+    assert [event["kind"] for event in run.events()] == ["started", "ready", "trained", "finished"]
     mtgd = [record for record in run.metrics() if record["stage"] == "mtgd"]
     assert [record["step"] for record in mtgd] == [0, 10, 20, 30]
     assert mtgd[-1]["hypervolume"] > mtgd[0]["hypervolume"]
@@ -302,7 +305,7 @@ def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing_behind(shell):
     assert shell.survivors() == []
     # Reading them parses every line.
     assert shell.run.metrics()[-1]["step"] > 0
-    assert [event["kind"] for event in shell.run.events()] == ["started", "interrupted"]
+    assert [event["kind"] for event in shell.run.events()] == ["started", "ready", "interrupted"]
     _, (parent, *members) = runs_in_mlflow(shell.folder / "runs")
     assert [r.info.status for r in (parent, *members)] == ["KILLED"] * 5
 

@@ -17,7 +17,8 @@ class NoisyRegression(Problem):
         self.fail_at = fail_at
 
     def model(self):
-        trunk = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2))
+        # A bias right before BatchNorm would have a gradient of rounding errors, which Adam makes large.
+        trunk = nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2))
         return nn.ModuleDict({"left": nn.Linear(5, 1), "trunk": trunk, "right": nn.Linear(5, 1)})
 
     def batches(self, seed):
@@ -53,6 +54,15 @@ class NoisyRegression(Problem):
 
     def transfers(self, parameter):
         return parameter.startswith("trunk")
+
+
+class ReadsLate(NoisyRegression):
+    """Its backward pass reads a parameter, the second layer of the trunk, after the gradient of that is complete."""
+
+    def losses(self, model, batch):
+        hidden = model["trunk"][0](batch["x"]) * model["trunk"][1].weight.detach()
+        y = hidden * model["trunk"][1].weight
+        return torch.stack([(model[name](y)[:, 0]).square().mean() for name in self.objectives])
 
 
 def config(actors, order="consensus", optimizer=None, **more):

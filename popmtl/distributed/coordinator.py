@@ -6,7 +6,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from popmtl.distributed.mixing.coordinator import Exchange
+from popmtl.distributed.placement import Placement, rank_order
 from popmtl.distributed.plan import DIVERGENCE, RunPlan
 from popmtl.distributed.subproblem import Steps, SubproblemActor
 from popmtl.errors import RunError
@@ -40,6 +41,9 @@ Stage = Literal["starting", "training", "fine-tuning", "writing results"]
 CHUNK_SECONDS = 1.0
 """Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
 
+CAUSE_SECONDS = 10.0
+"""How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
+
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
 
@@ -57,6 +61,7 @@ class Progress:
         hypervolume: of the last evaluation on the validation split; None before the first.
         losses: least and greatest training loss of the last chunk; None before it.
         steps_per_second: in this stage; None at its start.
+        execution: how the actors take the gradients of several rows, and why; None where each has one, or before.
     """
 
     stage: Stage
@@ -65,6 +70,7 @@ class Progress:
     hypervolume: float | None = None
     losses: tuple[float, float] | None = None
     steps_per_second: float | None = None
+    execution: str | None = None
 
     @property
     def seconds_left(self) -> float | None:
@@ -111,7 +117,9 @@ class Coordinator:
             RunError: it failed; the message names the cause.
             asyncio.CancelledError: it was stopped.
         """
-        self.folder.append_event("started", actors=self.plan.placement.describe(), transport=self.plan.transport)
+        self.folder.append_event(
+            "started", actors=self.plan.placement.describe(), transport=asdict(self.plan.transport)
+        )
         self.task = asyncio.ensure_future(self._stages())
         try:
             report = await self.task
@@ -162,35 +170,39 @@ class Coordinator:
         return await self._write_results(fine_tuned)
 
     async def _start_actors(self) -> None:
-        placement = self.plan.placement
-        bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
-        self.group = placement_group([bundle] * len(placement.rows), strategy="PACK")
         limit = self.plan.config.resources.start_timeout
-        try:
-            await asyncio.wait_for(_awaitable(self.group.ready()), limit)
-        except asyncio.TimeoutError:
+        crew = await start_actors(self.plan.placement, limit)
+        self.group, self.actors, hosts = crew.group, crew.actors, crew.hosts
+        if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
             raise RunError(
-                f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
-                f"free now: {_resources(ray.available_resources())}"
-            ) from None
-        for rank in range(len(placement.rows)):
-            scheduling = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
-            options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
-            self.actors.append(_Actor.options(**options).remote(rank))
+                "transfer.transport: shared_memory needs all actors on one host, and they are on "
+                f"{', '.join(sorted(set(hosts)))}; take collective"
+            )
+        if len(set(hosts)) == 1:  # what stays on a host need not be heard outside
+            hosts = ["127.0.0.1"] * len(hosts)
+        meet: Any = self.actors[0].meet.remote(self.plan, hosts[0])
+        meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
         me = ray.get_runtime_context().current_actor
-        await self._all("setup", self.plan, me, timeout=limit, setting="start_timeout")
+        executions = await self._all("setup", self.plan, me, hosts, meeting, timeout=limit, setting="start_timeout")
+        self.folder.append_event("ready", hosts=crew.hosts, executions=executions)
+        if max(map(len, self.plan.placement.rows)) > 1:
+            self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
         await self._observe()
-        longest, start = 1, time.monotonic()
+        longest, start, stepping, control = 1, time.monotonic(), 0.0, 0.0
         while chunk := self.course.next_chunk(longest):
+            asked = time.monotonic()
             steps: list[Steps] = await self._all("run_steps", chunk)
-            longest = max(1, round(CHUNK_SECONDS * len(chunk) / max(step.seconds for step in steps)))
+            taken = max(step.seconds for step in steps)
+            stepping, control = stepping + taken, control + time.monotonic() - asked - taken
+            longest = max(1, round(CHUNK_SECONDS * len(chunk) / taken))
             due = self.course.advance(chunk)
             self._took(self.course.step, start, steps, chunk.first)
             if due:
                 await self._observe()
+        self.folder.append_event("trained", steps=self.course.step, step_seconds=stepping, control_seconds=control)
 
     async def _observe(self) -> None:
         self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
@@ -299,10 +311,16 @@ class Coordinator:
         failures = [error for call in done if (error := call.exception())]
         if failures:
             self.mixing.fail("another actor failed")
+            # An actor that misses another in a transfer fails too, often before Ray says what became of that one.
+            deadline = time.monotonic() + CAUSE_SECONDS
+            while pending and all(map(_is_collateral, failures)) and time.monotonic() < deadline:
+                done, pending = await asyncio.wait(
+                    pending, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED
+                )
+                failures += [error for call in done if (error := call.exception())]
             for call in pending:
                 call.cancel()
-            # An actor that waits for a failed one fails too: that is never the cause while there is another.
-            raise min(failures, key=lambda error: isinstance(error, TimeoutError | GetTimeoutError | ConnectionError))
+            raise min(failures, key=_is_collateral)
         return [call.result() for call in calls]
 
     async def _within(
@@ -331,6 +349,58 @@ class Coordinator:
         )
         if self.sink:
             self.sink.log_training_losses(np.arange(first, first + len(losses)) + 1, losses)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Started actors.
+
+    Attributes:
+        group: what they take of the cluster.
+        actors: by rank.
+        hosts: their addresses.
+    """
+
+    group: PlacementGroup
+    actors: list[ActorHandle[Any]]
+    hosts: list[str]
+
+
+async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) -> Crew:
+    """Starts an actor for each block of rows, ranks of one host side by side.
+
+    Args:
+        placement: of the rows.
+        limit: seconds to wait for room.
+        actor: class of the actors, made with their rank.
+
+    Raises:
+        RunError: there was no room in time; what is free.
+    """
+    bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
+    group = placement_group([bundle] * len(placement.rows), strategy="PACK")
+    try:
+        await asyncio.wait_for(_awaitable(group.ready()), limit)
+    except asyncio.TimeoutError:
+        remove_placement_group(group)
+        raise RunError(
+            f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
+            f"free now: {_resources(ray.available_resources())}"
+        ) from None
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    order = rank_order([nodes[index] for index in range(len(placement.rows))], addresses)
+    actors = []
+    for rank, index in enumerate(order):
+        scheduling = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+        options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
+        actors.append(actor.options(**options).remote(rank))
+    return Crew(group, actors, [addresses[nodes[index]] for index in order])
+
+
+def _is_collateral(error: BaseException) -> bool:
+    """Whether an actor failed for want of another: never the cause where there is a different failure."""
+    return isinstance(error, TimeoutError | GetTimeoutError | ConnectionError)
 
 
 def describe_failure(error: BaseException) -> str:

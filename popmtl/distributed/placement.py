@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,31 @@ def place(subproblems: int, resources: ResourcesConfig, available: Mapping[str, 
     bounds = [subproblems * rank // wanted for rank in range(wanted + 1)]
     rows = tuple(range(a, b) for a, b in itertools.pairwise(bounds))
     return Placement(rows, cpus, gpus)
+
+
+def hosts(available: Mapping[str, float]) -> int:
+    """How many hosts a cluster of such resources has; Ray counts one "node:<address>" for each."""
+    addresses = [count for name, count in available.items() if name.startswith("node:") and "__" not in name]
+    return max(1, round(sum(addresses)))
+
+
+def rank_order(bundle_nodes: Sequence[str], addresses: Mapping[str, str]) -> list[int]:
+    """The bundle of each rank: ranks of one host stand together, hosts in the order of their addresses.
+
+    Ray numbers bundles as it likes; this order is the same whenever the same hosts hold as many.
+
+    Args:
+        bundle_nodes: the node of each bundle.
+        addresses: of the nodes.
+    """
+
+    def key(bundle: int) -> tuple[bool, list[int], str, str, int]:
+        address, node = addresses[bundle_nodes[bundle]], bundle_nodes[bundle]
+        parts = address.split(".")
+        numbers = [int(part) for part in parts] if all(part.isdecimal() for part in parts) else []
+        return not numbers, numbers, address, node, bundle
+
+    return sorted(range(len(bundle_nodes)), key=key)
 
 
 def local_resources() -> dict[str, float]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,8 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from popmtl.config import Config
+from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
+from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Placement, place
+from popmtl.distributed.transport import Transport, choose_overlap, choose_transport
 from popmtl.errors import RequestError
+from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.decomposition import check_weights, weight_vectors
 from popmtl.method.fine_tuning import AlignedRecipe, shared_parameters
 from popmtl.method.flat import Layout
@@ -32,8 +35,6 @@ NAME = re.compile(r"[\w\-. :/]+")
 DIVERGENCE = (
     "below m_ii = 1/2 the consensus order can diverge at a high learning rate; order adapt_then_combine is stable there"
 )
-
-Transport = Literal["local", "coordinator"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunPlan:
         transferring: S ≤ D, the columns that transfer.
         shared: how many columns Aligned-MTL aligns; 0 without the stage or in its UB variant.
         placement: actors and their rows.
-        transport: that moves the rows.
+        transport: that moves the rows, and why.
         warnings: what is allowed, and may yet be a mistake.
     """
 
@@ -84,19 +85,41 @@ class RunPlan:
         """Whether the transfer itself can make the rows diverge."""
         return self.recipe.order == "consensus" and may_diverge(self.M)
 
-    def bytes_moved_per_step(self) -> int:
-        """Bytes that all actors together send and receive for the transfer of one step."""
-        if self.transport == "local" or not self.transfers:
+    @property
+    def wire(self) -> torch.dtype | None:
+        """What rows are rounded to on their way to other actors; None leaves them as they are."""
+        return torch.bfloat16 if self.config.transfer.wire_dtype else None
+
+    @property
+    def width(self) -> int:
+        """Columns of a row that one step mixes: those that transfer, and as many of each moment that does."""
+        return _width(self.recipe, self.transferring) if self.transfers else 0
+
+    @property
+    def routes(self) -> Routes:
+        """What the actors send each other by the collective transport."""
+        return find_routes(np.eye(len(self.M)) != self.M, [len(rows) for rows in self.placement.rows])
+
+    def bytes_sent_per_step(self) -> int:
+        """Bytes that all actors together send for the transfer of one step; in shared memory nothing is sent."""
+        itemsize = 2 if self.config.transfer.wire_dtype else self.recipe.dtype.itemsize
+        if self.transport.name in ("local", "shared_memory"):
             return 0
-        tensors = 1 + (optimizer_moments(self.recipe) if self.recipe.mix_moments else 0)
-        return 2 * len(self.W) * self.transferring * tensors * self.recipe.dtype.itemsize
+        if self.transport.name == "coordinator":
+            return 2 * len(self.W) * self.width * itemsize
+        return self.routes.numbers_sent(self.width) * itemsize
 
     def memory_per_actor(self) -> int:
         """Bytes that the largest block takes for its rows, gradients, moments and mixing; activations come on top."""
-        k = max(len(rows) for rows in self.placement.rows)
-        copies = 2 + optimizer_moments(self.recipe) + (2 if self.transfers else 0)
+        k, itemsize = max(len(rows) for rows in self.placement.rows), self.recipe.dtype.itemsize
+        rows = k * (2 + optimizer_moments(self.recipe)) * self.parameters
         task_gradients = len(self.objectives) if self.aligned and self.aligned.variant == "exact" else 0
-        return (k * copies + task_gradients) * self.parameters * self.recipe.dtype.itemsize
+        mixing = k * self.width * (2 if self.recipe.mix_moments else 1)  # displacements, and what is put together
+        if self.transport.name == "coordinator":
+            mixing += k * self.width
+        if self.transport.name == "collective":
+            mixing += 3 * min(BUFFER_BYTES // itemsize, k * self.width)
+        return (rows + mixing + task_gradients * self.parameters) * itemsize
 
 
 def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
@@ -133,6 +156,7 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         order=config.transfer.order,
         mix_moments=config.transfer.mix_moments,
         dtype=torch.float64 if config.train.dtype == "float64" else torch.float32,
+        precision=config.train.precision,
         seed=config.seed,
     )
     fine = config.fine_tune
@@ -140,8 +164,9 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
     if fine.steps:
         schedule = fine.lr_schedule.build(fine.steps) if fine.lr_schedule else None
         aligned = AlignedRecipe(fine.steps, fine.optimizer.build(), schedule, fine.scale, fine.variant)
-    layout, shared = check_problem(config.problem.name, problem, recipe, aligned)
+    layout, shared, leaves_alone = check_problem(config.problem.name, problem, recipe, aligned)
     placement = _placement(config, len(W), available)
+    transport = _transport(config, recipe, layout, leaves_alone, placement, available, len(W))
     warnings = []
     if recipe.order == "consensus" and may_diverge(M):
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
@@ -163,7 +188,7 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         transferring=layout.transferring,
         shared=shared,
         placement=placement,
-        transport="local" if len(placement.rows) == 1 and config.transfer.transport != "coordinator" else "coordinator",
+        transport=transport,
         warnings=tuple(warnings),
     )
 
@@ -185,11 +210,12 @@ def train_in_process(plan: RunPlan) -> Population:
 
 def check_problem(
     name: str, problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None = None
-) -> tuple[Layout, int]:
+) -> tuple[Layout, int, bool]:
     """Builds the problem's model and takes its losses once, on a training and a validation batch.
 
     Returns:
-        The layout of a row, and the number of columns that Aligned-MTL would align.
+        The layout of a row, the number of columns that Aligned-MTL would align, and whether adapt_then_combine could
+        send a parameter while the backward pass goes on.
 
     Raises:
         RequestError: naming the problem and what it does wrong.
@@ -200,6 +226,7 @@ def check_problem(
         batch = to_model(next(problem.batches(subproblem_seed(recipe.seed, 0))), next(model.parameters()))
         losses = problem.losses(model, batch)
         _check_losses(losses, problem)
+        leaves_alone = recipe.order == "adapt_then_combine" and leaves_parameters_alone(problem, model, batch)
         shared = 0
         if aligned and aligned.variant == "exact":
             with torch.no_grad():  # away from initial zeros, behind which a loss would seem to reach nothing
@@ -218,7 +245,7 @@ def check_problem(
     except Exception as error:  # whatever a user's problem raises is about the problem
         kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
         raise RequestError(f"problem {name}: {kind}{error}") from error
-    return layout, shared
+    return layout, shared, leaves_alone
 
 
 def optimizer_moments(recipe: Recipe) -> int:
@@ -289,6 +316,26 @@ def _placement(config: Config, subproblems: int, available: Mapping[str, float])
             )
         resources = resources.model_copy(update={"max_actors": 1})
     return place(subproblems, resources, available)
+
+
+def _width(recipe: Recipe, transferring: int) -> int:
+    return transferring * (1 + (optimizer_moments(recipe) if recipe.mix_moments else 0))
+
+
+def _transport(
+    config: Config,
+    recipe: Recipe,
+    layout: Layout,
+    leaves_alone: bool,
+    placement: Placement,
+    available: Mapping[str, float],
+    subproblems: int,
+) -> Transport:
+    width = _width(recipe, layout.transferring)
+    shared = shared_bytes(subproblems, layout.size, width, recipe.dtype.itemsize, recipe.mix_moments)
+    name, why = choose_transport(config.transfer.transport, placement, available, shared)
+    overlap, bucket_bytes = choose_overlap(name, recipe, layout, leaves_alone)
+    return Transport(name, why, overlap, bucket_bytes)
 
 
 def _about(key: str, make: Callable[[], Matrix]) -> Matrix:

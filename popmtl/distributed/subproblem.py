@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
+from torch import Tensor
 
+from popmtl.distributed.mixing import collective, shared_memory
+from popmtl.distributed.mixing.collective import Collective, Group
 from popmtl.distributed.mixing.coordinator import CoordinatorMixing
+from popmtl.distributed.mixing.overlap import Background, SideStream
+from popmtl.distributed.mixing.shared_memory import SharedMemory
 from popmtl.distributed.plan import RunPlan
 from popmtl.method.fine_tuning import FineTuned, FineTuning
-from popmtl.method.mtgd import Block, Chunk, Mixing, mix_locally
+from popmtl.method.mixing import Mixing
+from popmtl.method.mtgd import Block, Chunk
 from popmtl.method.problem import Evaluation, Split
 from popmtl.problems.registry import load_problem
 
@@ -36,16 +43,55 @@ class SubproblemActor:
     def __repr__(self) -> str:
         return f"SubproblemActor(rank={self.rank})"
 
-    def setup(self, plan: RunPlan, coordinator: ActorHandle[Any]) -> None:
-        """Builds the problem and the rows. Not in the constructor: what goes wrong here has a reply to travel in."""
+    def meet(self, plan: RunPlan, host: str) -> str | None:
+        """Rank 0: opens the place where the ranks of the transport meet, at this host's address; says where it is."""
+        if plan.transport.name == "shared_memory":
+            return shared_memory.meeting_point()
+        if plan.transport.name == "collective":
+            self.store, address = collective.meeting_point(host)
+            return address
+        return None
+
+    def setup(self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None) -> str:
+        """Builds the problem and the rows; says how it will take their gradients, and why so.
+
+        Not in the constructor: what goes wrong here has a reply to travel in.
+        """
         torch.set_num_threads(plan.placement.cpus)
         problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
-        rows = plan.placement.rows[self.rank]
-        self.block = Block(problem, rows, plan.W, plan.recipe, plan.placement.device)
+        rows, self.mixing = self._transport(plan, coordinator, hosts, meeting)
+        self.block = Block(
+            problem,
+            plan.placement.rows[self.rank],
+            plan.W,
+            plan.recipe,
+            plan.placement.device,
+            rows=rows,
+            bucket_bytes=plan.transport.bucket_bytes,
+        )
         self.aligned = plan.aligned
-        self.mixing: Mixing = mix_locally
-        if plan.transport == "coordinator":
-            self.mixing = CoordinatorMixing(coordinator, self.rank, plan.config.resources.chunk_timeout)
+        return self.block.execute(plan.config.train.execution)
+
+    def _transport(
+        self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None
+    ) -> tuple[Tensor | None, Mixing | None]:
+        """The memory that a transport wants the rows in, and the transport; None where the block needs none."""
+        limit, dtype = plan.config.resources.chunk_timeout, plan.recipe.dtype
+        if plan.transport.name == "coordinator":
+            return None, CoordinatorMixing(coordinator, self.rank, limit, plan.wire)
+        if plan.transport.name == "shared_memory":
+            assert meeting is not None  # rank 0 has made it
+            staged = plan.recipe.mix_moments
+            sizes = [len(held) for held in plan.placement.rows]
+            shared = SharedMemory(self.rank, sizes, plan.parameters, plan.width, dtype, limit, meeting, staged=staged)
+            return shared.rows, Background(shared)
+        if plan.transport.name == "collective":
+            device = torch.device(plan.placement.device)
+            place: Any = self.store if self.rank == 0 else meeting
+            group = Group(place, 0, self.rank, len(hosts), hosts[self.rank], device, limit)
+            product = Collective(group, plan.routes, plan.width, dtype, plan.wire)
+            return None, SideStream(product, device) if plan.placement.gpus else Background(product)
+        return None, None
 
     def run_steps(self, chunk: Chunk) -> Steps:
         """Takes the steps of a chunk."""

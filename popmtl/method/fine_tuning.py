@@ -112,7 +112,7 @@ class FineTuning:
     def align_exact(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
         block = self.block
-        f = block.problem.losses(block.models[i], batch)
+        f = block.losses(block.models[i], batch)
         block.check_losses(i, f.detach(), t)
         G = task_gradients(f, block.models[i], block)
         aligned = self.align(G[:, self.shared], i, t)
@@ -123,9 +123,10 @@ class FineTuning:
     def align_ub(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient by the representation: the heads' plain, one backward pass of the aligned one below."""
         block, problem, model = self.block, self.block.problem, self.block.models[i]
-        representation = problem.representation(model, batch)
-        cut = representation.detach().requires_grad_()
-        f = problem.losses_at(model, cut, batch)
+        with block.autocast():
+            representation = problem.representation(model, batch)
+            cut = representation.detach().requires_grad_()
+            f = problem.losses_at(model, cut, batch)
         block.check_losses(i, f.detach(), t)
         Z: list[Tensor] = []
         for loss in f:
@@ -133,9 +134,9 @@ class FineTuning:
             loss.backward(retain_graph=True)  # the heads' gradients add up on the way
             if cut.grad is None:
                 raise ValueError("a loss does not depend on the representation, which Aligned-MTL-UB needs")
-            Z.append(cut.grad.flatten())
+            Z.append(cut.grad.flatten().to(block.rows.dtype))
         aligned = self.align(torch.stack(Z), i, t)
-        representation.backward(aligned.update.view_as(representation))
+        representation.backward(aligned.update.view_as(representation).to(representation.dtype))
         return f.detach(), aligned
 
     def align(self, gradients: Tensor, i: int, t: int) -> Aligned:

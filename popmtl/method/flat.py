@@ -21,7 +21,7 @@ class Layout:
     Attributes:
         names: of the parameters, those that transfer first; otherwise in the model's own order.
         shapes: of the parameters, in the order of `names`.
-        transferring: S, the number of leading columns that transfer.
+        moving: how many of the parameters transfer.
 
     Buffers, such as the running statistics of BatchNorm, and frozen parameters are in no row: each subproblem's model
     keeps its own, and they never transfer.
@@ -29,7 +29,7 @@ class Layout:
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
-    transferring: int
+    moving: int
 
     @classmethod
     def of(cls, model: nn.Module, transfers: Callable[[str], bool]) -> Layout:
@@ -46,12 +46,17 @@ class Layout:
                 raise ValueError(f"parameter {name} is of {p.dtype}; only floating-point parameters can be trained")
         moving = [name for name in parameters if transfers(name)]
         names = (*moving, *(name for name in parameters if name not in set(moving)))
-        return cls(names, tuple(parameters[n].shape for n in names), sum(parameters[n].numel() for n in moving))
+        return cls(names, tuple(parameters[n].shape for n in names), len(moving))
 
     @property
     def size(self) -> int:
         """D, the length of a row."""
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def transferring(self) -> int:
+        """S, the number of leading columns that transfer."""
+        return sum(math.prod(shape) for shape in self.shapes[: self.moving])
 
     def views(self, row: Tensor) -> dict[str, Tensor]:
         """The parameters by name, as views of a row of shape (D,)."""

@@ -14,7 +14,9 @@ X_{t+1} = opt(X_t) + (M_t − I) X_t.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,21 +27,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from popmtl.method.buckets import Arrivals, Bucket, bucket_bounds
 from popmtl.method.flat import Layout
+from popmtl.method.mixing import LocalProduct, Mixing, deferred
 from popmtl.method.problem import Evaluation, Problem, Split, to_model
 from popmtl.method.scalarization import Scalarization
+from popmtl.method.stacked import Execution, NotStackable, Stacked, choose
 
 Order = Literal["consensus", "adapt_then_combine"]
 ORDERS: tuple[Order, ...] = ("consensus", "adapt_then_combine")
 
-Mixing = Callable[[Tensor, Tensor], Callable[[], Tensor]]
-"""A transport: `mix(block, M_rows)` starts the exchange of the caller's rows, shape (k, S), and returns a function that
-waits for M_rows @ X, shape (k, S), with M_rows the caller's rows of M, (k, N). The block must not change in between."""
-
-
-def mix_locally(block: Tensor, M_rows: Tensor) -> Callable[[], Tensor]:
-    """The transport of a block that holds every row: one product."""
-    return lambda: M_rows @ block
+Precision = Literal["full", "bf16"]
+PRECISIONS: tuple[Precision, ...] = ("full", "bf16")
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Recipe:
         order: consensus or adapt_then_combine.
         mix_moments: under adapt_then_combine, the optimizer's moments are mixed as the parameters are.
         dtype: of the rows.
+        precision: "bf16" runs forward and backward passes under torch.autocast in bfloat16; rows and evaluation keep
+            their dtype.
         seed: decides the initial model, the data order and dropout.
     """
 
@@ -62,6 +63,7 @@ class Recipe:
     order: Order = "consensus"
     mix_moments: bool = False
     dtype: torch.dtype = torch.float32
+    precision: Precision = "full"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class Recipe:
             raise ValueError(f"unknown transfer order {self.order!r}: take one of {', '.join(ORDERS)}")
         if self.mix_moments and self.order != "adapt_then_combine":
             raise ValueError("mix_moments belongs to the adapt_then_combine order: consensus mixes parameters alone")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {self.precision!r}: take one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,37 @@ class Block:
         subproblems: the k indices in the population.
         weights: the k weight vectors, shape (k, m).
         layout: of a row.
+        buckets: the columns that step together; more than one only where adapt_then_combine overlaps.
     """
 
     def __init__(
-        self, problem: Problem, subproblems: Sequence[int], W: NDArray[np.float64], recipe: Recipe, device: str = "cpu"
+        self,
+        problem: Problem,
+        subproblems: Sequence[int],
+        W: NDArray[np.float64],
+        recipe: Recipe,
+        device: str = "cpu",
+        *,
+        rows: Tensor | None = None,
+        bucket_bytes: float = math.inf,
     ) -> None:
+        """Builds the models, and every row at the one initialization.
+
+        Args:
+            problem: the objectives, the model and the data.
+            subproblems: the k indices.
+            W: the weight vectors of the whole population, (N, m).
+            recipe: how the rows train.
+            device: where they live.
+            rows: memory for them, (k, D), that a transport can reach; None takes some.
+            bucket_bytes: least size of a bucket, of one row; infinite for a single one.
+        """
         self.problem, self.recipe, self.subproblems = problem, recipe, list(subproblems)
         model = initial_model(problem, recipe.seed, recipe.dtype).to(device)
         self.layout = Layout.of(model, problem.transfers)
         self.models: list[nn.Module] = [copy.deepcopy(model) for _ in self.subproblems]
-        self.rows = torch.empty(len(self.subproblems), self.layout.size, dtype=recipe.dtype, device=device)
+        shape = (len(self.subproblems), self.layout.size)
+        self.rows = torch.empty(shape, dtype=recipe.dtype, device=device) if rows is None else rows
         self.gradients = torch.zeros_like(self.rows)
         for module, row, gradient in zip(self.models, self.rows, self.gradients, strict=True):
             self.layout.bind(module, row, gradient)
@@ -121,64 +146,174 @@ class Block:
         self.weights = torch.as_tensor(W[self.subproblems], dtype=recipe.dtype, device=device)
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
         self.streams = [problem.batches(seed) for seed in self.seeds]
-        self.optimizer, self.lr_schedule = self.new_optimizer(recipe.optimizer, recipe.lr_schedule)
+        self.mix_locally = deferred(LocalProduct())
+        bounds = bucket_bounds(self.layout, self.rows.itemsize, bucket_bytes)
+        if bucket_bytes == math.inf:
+            bounds = [(0, self.layout.size)]
+        S = self.layout.transferring
+        self.buckets = [
+            Bucket(a, b, max(0, min(b, S) - a), *self.new_optimizer(recipe.optimizer, recipe.lr_schedule, a, b))
+            for a, b in bounds
+        ]
+        self.stacked: Stacked | None = None
+        self.arrivals: Arrivals | None = None
+        self._watch(dict(self.models[-1].named_parameters()))
+
+    def execute(self, execution: Execution | Literal["auto"]) -> str:
+        """Takes the gradients of the rows one after the other or stacked from now on; says which, and why.
+
+        Args:
+            execution: "loop"; "stacked", where the model allows it; "auto" for the faster one, which is tried.
+        """
+        if execution == "loop":
+            return "loop: asked for"
+        choice = choose(self)
+        if choice.execution == "stacked" or (execution == "stacked" and choice.stacked_seconds is not None):
+            self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, self.gradients)
+            self._watch(self.stacked.leaves)
+            return "stacked: asked for" if execution == "stacked" else choice.why
+        return choice.why
+
+    def _watch(self, leaves: Mapping[str, Tensor]) -> None:
+        """Has the gradients of the last backward pass of a step, those of these tensors, complete the buckets."""
+        if len(self.buckets) > 1:
+            self.arrivals = Arrivals(self.buckets, self.layout, leaves)
 
     def new_optimizer(
         self,
         optimizer: Callable[[list[Tensor]], Optimizer],
         lr_schedule: Callable[[Optimizer], LRScheduler] | None,
+        first: int = 0,
+        end: int | None = None,
     ) -> tuple[Optimizer, LRScheduler | None]:
-        """An optimizer over the rows, each of them one tensor to it, and its schedule."""
-        rows = [self.rows[i] for i in range(len(self.rows))]
-        for row, gradient in zip(rows, self.gradients, strict=True):
-            row.grad = gradient
-        made = optimizer(rows)
+        """An optimizer over columns first … end−1 of the rows, each row one tensor to it, and its schedule."""
+        pieces = []
+        for row, gradient in zip(self.rows, self.gradients, strict=True):
+            pieces.append(row[first:end])
+            pieces[-1].grad = gradient[first:end]
+        made = optimizer(pieces)
         return made, lr_schedule(made) if lr_schedule else None
 
-    def run(self, chunk: Chunk, mix: Mixing = mix_locally) -> NDArray[np.float64]:
+    def run(self, chunk: Chunk, mix: Mixing | None = None) -> NDArray[np.float64]:
         """Takes the steps of a chunk and returns their training losses, shape (n, k, m).
+
+        Args:
+            chunk: the steps.
+            mix: the transport; None for a block that holds every row.
 
         Raises:
             FloatingPointError: a loss or a gradient that is not finite, naming subproblem, objective and step.
         """
         z = torch.as_tensor(chunk.ideal).to(self.rows)
-        M = torch.as_tensor(chunk.M)[self.subproblems].to(self.rows)
-        identity = torch.eye(len(chunk.M))[self.subproblems].to(self.rows)
-        transfers = self.layout.transferring > 0 and not np.array_equal(chunk.M, np.eye(len(chunk.M)))
+        off_identity = chunk.M - np.eye(len(chunk.M))
+        A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
-            M_t = identity + factor * (M - identity) if transfers and factor > 0 else None
-            losses.append(self.step(t, z, M_t, mix))
+            A_t = factor * A if A is not None and factor > 0 else None
+            losses.append(self.step(t, z, A_t, mix or self.mix_locally))
         return torch.stack(losses).double().cpu().numpy()
 
-    def step(self, t: int, z: Tensor, M_t: Tensor | None, mix: Mixing) -> Tensor:
-        """One step of MTGD; M_t is this block's rows of it, (k, N), or None for the identity. Returns losses (k, m)."""
-        X = self.rows[:, : self.layout.transferring]
-        consensus = self.recipe.order == "consensus"
-        exchange = mix(X, M_t) if consensus and M_t is not None else None
-        losses = self.differentiate(t, z)
-        displacement = exchange() - X if exchange else None  # (M_t − I) X_t
-        self.optimizer.step()
-        if self.lr_schedule:
-            self.lr_schedule.step()
-        if displacement is not None:
-            X += displacement
-        elif M_t is not None:
-            self.combine(X, M_t, mix)
+    def step(self, t: int, z: Tensor, A_t: Tensor | None, mix: Mixing) -> Tensor:
+        """One step of MTGD; A_t = M_t − I, (N, N), or None where nothing transfers. Returns the losses, (k, m)."""
+        step = self.step_consensus if self.recipe.order == "consensus" else self.step_then_combine
+        losses = step(t, z, A_t, mix)
         self.project()
         return losses
 
-    def differentiate(self, t: int, z: Tensor) -> Tensor:
-        """Fills the gradients of the scalarized losses at the rows as they stand; returns the losses, (k, m)."""
+    def step_consensus(self, t: int, z: Tensor, A_t: Tensor | None, mix: Mixing) -> Tensor:
+        """X ← X − α U(X) + (M_t − I) X: the exchange needs only X, and goes on while the gradients are taken."""
+        X = self.rows[:, : self.layout.transferring]
+        exchange = mix(X, A_t) if A_t is not None else None
+
+        def advance(bucket: Bucket) -> None:
+            displacement = exchange() if exchange else None
+            bucket.step()
+            if displacement is not None:
+                X.add_(displacement)
+
+        return self.differentiate(t, z, advance)
+
+    def step_then_combine(self, t: int, z: Tensor, A_t: Tensor | None, mix: Mixing) -> Tensor:
+        """X ← X − α U(X), then X ← X + (M_t − I) X, each bucket of columns as soon as its gradients are there."""
+        exchanges: list[tuple[list[list[Tensor]], Callable[[], Tensor]]] = []
+
+        def advance(bucket: Bucket) -> None:
+            bucket.step()
+            if A_t is not None and bucket.mixed:
+                parts = self.moving(bucket)
+                X = self.rows[:, bucket.first : bucket.first + bucket.mixed]
+                block = torch.cat([torch.stack(part) for part in parts], dim=1) if len(parts) > 1 else X
+                exchanges.append((parts, mix(block, A_t)))
+
+        losses = self.differentiate(t, z, advance)
+        for parts, exchange in exchanges:
+            displacements = exchange().split(len(parts[0][0]), dim=1)
+            for part, displacement in zip(parts, displacements, strict=True):
+                for row, change in zip(part, displacement, strict=True):
+                    row += change
+        return losses
+
+    def moving(self, bucket: Bucket) -> list[list[Tensor]]:
+        """What of a bucket is mixed, each as k tensors of shape (mixed,): the rows, and the moments if they are too."""
+        pieces = bucket.optimizer.param_groups[0]["params"]
+        parts = [[piece[: bucket.mixed] for piece in pieces]]
+        if self.recipe.mix_moments:
+            states = [bucket.optimizer.state[piece] for piece in pieces]
+            moments = sorted(k for k, v in states[0].items() if isinstance(v, Tensor) and v.shape == pieces[0].shape)
+            parts += [[state[key][: bucket.mixed] for state in states] for key in moments]
+        return parts
+
+    def differentiate(self, t: int, z: Tensor, advance: Callable[[Bucket], None]) -> Tensor:
+        """Takes the gradients of the scalarized losses at the rows as they stand; returns the losses, (k, m).
+
+        Hands every bucket to `advance` once its gradients are complete, and known to be finite.
+        """
         self.gradients.zero_()
-        losses = []
+        losses: list[Tensor] = []
+
+        def complete(bucket: Bucket) -> None:
+            self.check_finite(torch.cat(losses), t, slice(bucket.first, bucket.end))
+            advance(bucket)
+
+        for f, w, last in self.forward_passes(t):
+            losses.append(f.detach().view(-1, f.shape[-1]))
+            scalar = self.recipe.scalarization(f, w, z).sum()
+            if self.arrivals and last:
+                with self.arrivals.watch(complete):
+                    scalar.backward()
+            else:
+                scalar.backward()
+        if not self.arrivals:
+            complete(self.buckets[0])
+        return torch.cat(losses)
+
+    def forward_passes(self, t: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """The losses of step t and their weight vectors, (k, m) at once or (m,) a row; whether they are the last."""
+        batches: Sequence[Any] | None = None
+        if self.stacked:
+            batches = [self.draw(i, t) for i in range(len(self.models))]
+            try:
+                with self.autocast():
+                    F = self.stacked.losses(batches)
+            except (NotStackable, RuntimeError):  # shorter batches at the end of an epoch; a branch not seen before
+                pass
+            else:
+                yield F, self.weights, True
+                return
         for i, model in enumerate(self.models):
-            f = self.problem.losses(model, self.draw(i, t))
-            self.recipe.scalarization(f, self.weights[i], z).backward()
-            losses.append(f.detach())
-        stacked = torch.stack(losses)
-        self.check_finite(stacked, t)
-        return stacked
+            batch = batches[i] if batches else self.draw(i, t)
+            yield self.losses(model, batch), self.weights[i], i + 1 == len(self.models)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """The m losses of a batch, in the precision of the recipe."""
+        with self.autocast():
+            return self.problem.losses(model, batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Where the losses are computed: in the precision of the recipe."""
+        if self.recipe.precision == "full":
+            return nullcontext()
+        return torch.autocast(self.rows.device.type, torch.bfloat16)
 
     def draw(self, i: int, t: int) -> Any:
         """Row i's batch of step t. Seeds torch for it, so that dropout depends on subproblem and step alone."""
@@ -193,12 +328,13 @@ class Block:
             ) from None
         return to_model(batch, self.rows)
 
-    def check_finite(self, losses: Tensor, t: int) -> None:
+    def check_finite(self, losses: Tensor, t: int, columns: slice = slice(None)) -> None:
         """Refuses losses (k, m) or gradients that are not finite, before they reach an optimizer or another row."""
-        if not (losses.isfinite().all() and self.gradients.sum().isfinite()):
+        gradients = self.gradients[:, columns]
+        if not (losses.sum() + gradients.sum()).isfinite():  # one look: each waits for the device
             for i, subproblem in enumerate(self.subproblems):
                 self.check_losses(i, losses[i], t)
-                if not self.gradients[i].isfinite().all():
+                if not gradients[i].isfinite().all():
                     raise FloatingPointError(f"the gradient of subproblem {subproblem} is not finite at step {t}")
 
     def check_losses(self, i: int, f: Tensor, t: int) -> None:
@@ -206,21 +342,6 @@ class Block:
         for name, value in zip(self.problem.objectives, f.tolist(), strict=True):
             if not np.isfinite(value):
                 raise FloatingPointError(f"objective {name} of subproblem {self.subproblems[i]} is {value} at step {t}")
-
-    def combine(self, X: Tensor, M_t: Tensor, mix: Mixing) -> None:
-        """X ← M_t X after the optimizer's step, and its moments alike if the recipe says so."""
-        columns = X.shape[1]
-        tensors = [X]
-        if self.recipe.mix_moments:
-            states = [self.optimizer.state[row] for row in self.optimizer.param_groups[0]["params"]]
-            moments = sorted(k for k, v in states[0].items() if isinstance(v, Tensor) and v.shape == self.rows[0].shape)
-            tensors += [torch.stack([state[key][:columns] for state in states]) for key in moments]
-        mixed = mix(torch.cat(tensors, dim=1) if len(tensors) > 1 else X, M_t)().split(columns, dim=1)
-        X.copy_(mixed[0])
-        if self.recipe.mix_moments:
-            for key, values in zip(moments, mixed[1:], strict=True):
-                for state, value in zip(states, values, strict=True):
-                    state[key][:columns] = value
 
     def project(self) -> None:
         """Back into the problem's bounds, where it has some."""

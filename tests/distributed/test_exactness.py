@@ -25,13 +25,16 @@ def largest_difference(ours, theirs):
     return max(float((a[k] - b[k]).abs().max()) for a, b in zip(ours, theirs, strict=True) for k in b)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
-@pytest.mark.parametrize("order", ["consensus", "adapt_then_combine"])
-@pytest.mark.parametrize("actors", [1, 2, 4])
-def test_a_distributed_run_equals_the_reference(run, actors, order, optimizer):
-    plan, folder, _ = run(config(actors, order, optimizer))
+@pytest.mark.parametrize(
+    ("transport", "actors"), [("local", 1), ("shared_memory", 4), ("collective", 4), ("coordinator", 2)]
+)
+@pytest.mark.parametrize(
+    ("order", "optimizer"), [("consensus", SGD), ("adapt_then_combine", ADAM)], ids=["consensus", "adapt_then_combine"]
+)
+def test_a_distributed_run_equals_the_reference(run, actors, transport, order, optimizer):
+    plan, folder, _ = run(config(actors, order, optimizer, transfer={"transport": transport}))
     assert [len(rows) for rows in plan.placement.rows] == [4 // actors] * actors
-    assert plan.transport == ("local" if actors == 1 else "coordinator")
+    assert plan.transport.name == transport
     population, expected = reference(plan)
     assert largest_difference(states(folder), expected) < 1e-10
     recorded = [record["hypervolume"] for record in folder.metrics()]
@@ -47,19 +50,29 @@ def test_the_reference_is_not_independent_training(run):
     assert largest_difference(states(folder), reference(plan)[1]) < 1e-10
 
 
-def test_moments_and_uneven_blocks_and_fine_tuning_equal_the_reference(run):
+@pytest.mark.parametrize("transport", ["shared_memory", "collective", "coordinator"])
+def test_moments_in_buckets_and_uneven_blocks_and_fine_tuning_equal_the_reference(run, monkeypatch, transport):
+    monkeypatch.setattr("popmtl.distributed.transport.BUCKET_BYTES", 64)
     data = config(
         3,
         "adapt_then_combine",
-        transfer={"mix_moments": True},
+        transfer={"mix_moments": True, "transport": transport},
         fine_tune={"steps": 10, "optimizer": {"name": "Adam", "lr": 0.003}},
     )
     plan, folder, report = run(data)
     assert [len(rows) for rows in plan.placement.rows] == [1, 1, 2]
+    assert plan.transport.overlap == "behind the backward pass, by 2 buckets"
     population, expected = reference(plan)
     assert largest_difference(states(folder), expected) < 1e-10
     ours = [(one.before, one.after, one.kept) for one in report.fine_tuned]
     np.testing.assert_allclose(ours, [(one.before, one.after, one.kept) for one in population.fine_tuned], rtol=1e-10)
+
+
+def test_rows_that_go_only_where_they_are_taken_equal_the_reference(run):
+    kernel = {"kernel": "nearest", "nearest": 1, "transport": "collective"}
+    plan, folder, _ = run(config(2, transfer=kernel))
+    assert plan.routes.direct
+    assert largest_difference(states(folder), reference(plan)[1]) < 1e-10
 
 
 def test_two_runs_with_one_seed_are_identical_bit_for_bit(run):

@@ -43,7 +43,9 @@ def test_actors_that_find_no_room_end_the_start_and_say_what_is_free(run):
         ray.kill(occupant)
 
 
-def test_an_actor_that_is_killed_ends_the_run_with_its_name(run):
+@pytest.mark.parametrize("transport", ["shared_memory", "collective", "coordinator"])
+def test_an_actor_that_is_killed_ends_the_run_with_its_name(run, transport):
+    """And not with the name of one that missed it in a transfer, who notices first."""
     killed = []
 
     def kill_one(progress):
@@ -53,7 +55,9 @@ def test_an_actor_that_is_killed_ends_the_run_with_its_name(run):
             os.kill(workers[0].pid, signal.SIGKILL)
             killed.append(workers[0].pid)
 
-    data = config(2, train={"steps": 100_000, "evaluate_every": 100})
+    # It transfers at every step: the other actor is in the middle of one, or will be.
+    transfer = {"transport": transport, "schedule": "constant"}
+    data = config(2, train={"steps": 100_000, "evaluate_every": 100}, transfer=transfer)
     start = time.monotonic()
     with pytest.raises(RunError, match=r"actor \d \(subproblems \d to \d\) died"):
         run(data, kill_one)

@@ -1,7 +1,14 @@
+import asyncio
+import itertools
+import os
+
 import pytest
+import ray
+from ray.util.placement_group import remove_placement_group
 
 from popmtl.config import ResourcesConfig
-from popmtl.distributed.placement import place
+from popmtl.distributed.coordinator import start_actors
+from popmtl.distributed.placement import hosts, place, rank_order
 from popmtl.errors import RequestError
 
 
@@ -49,3 +56,49 @@ def test_what_does_not_fit_is_refused_with_what_would(available, resources, mess
 
 def test_more_actors_than_subproblems_are_no_request():
     assert len(rows(2, {"CPU": 2.0}, max_actors=8)) == 2
+
+
+def test_a_host_is_counted_once_whatever_else_ray_lists():
+    assert hosts({"CPU": 4.0}) == 1
+    assert hosts({"CPU": 4.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0}) == 1
+    assert hosts({"CPU": 4.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0}) == 2
+
+
+def test_ranks_of_a_host_stand_together_in_an_order_that_does_not_depend_on_the_bundles():
+    addresses = {"a": "10.0.0.10", "b": "10.0.0.9", "c": "10.0.1.1"}
+    for bundles in itertools.permutations(["a", "a", "b", "c", "c"]):
+        order = rank_order(bundles, addresses)
+        assert sorted(order) == list(range(5))
+        assert [bundles[bundle] for bundle in order] == ["b", "a", "a", "c", "c"]
+
+
+def test_ranks_of_hosts_with_names_have_an_order_too():
+    addresses = {"x": "worker-2", "y": "worker-1", "z": "10.0.0.1"}
+    assert rank_order(["x", "y", "z", "x"], addresses) == [2, 1, 0, 3]
+
+
+class Where:
+    def __init__(self, rank):
+        self.rank = rank
+
+    def here(self):
+        return self.rank, [str(gpu) for gpu in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(("subproblems", "packed"), [(7, [2, 2, 3]), (2, [1, 1])])
+def test_each_actor_has_a_gpu_to_itself_and_rows_are_packed_where_gpus_are_few(ray_of_four, subproblems, packed):
+    placement = place(subproblems, ResourcesConfig(), ray_of_four)
+    assert [len(held) for held in placement.rows] == packed
+    assert placement.device == "cuda:0"
+    crew = asyncio.run(start_actors(placement, 60.0, ray.remote(Where)))
+    try:
+        found = ray.get([actor.here.remote() for actor in crew.actors], timeout=60)
+    finally:
+        for actor in crew.actors:
+            ray.kill(actor)
+        remove_placement_group(crew.group)
+    assert [rank for rank, _, _ in found] == list(range(len(packed)))
+    seen = [visible for _, _, visible in found]
+    assert [gpus for _, gpus, _ in found] == [[visible] for visible in seen], "one each, and Ray shows it no other"
+    assert len(set(seen)) == len(packed)
+    assert len(crew.hosts) == len(packed)

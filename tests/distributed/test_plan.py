@@ -8,33 +8,50 @@ from popmtl.config import Config
 from popmtl.distributed.plan import make_plan
 from popmtl.errors import RequestError
 
-# NoisyRegression: trunk 6·5 + 5 and BatchNorm 5 + 5 transfer; two heads of 5 + 1 do not.
-TRUNK, HEADS = 45, 12
+# NoisyRegression: trunk 6·5 and BatchNorm 5 + 5 transfer; two heads of 5 + 1 do not.
+TRUNK, HEADS = 40, 12
 
 
 def plan(data, cpus=4.0):
     return make_plan(Config.model_validate(data), {"CPU": cpus})
 
 
-def test_sizes_of_rows_and_of_what_moves():
-    made = plan(config(2))
+def test_sizes_of_rows_and_of_what_is_sent():
+    made = plan(config(2, transfer={"transport": "coordinator"}))
     assert (made.parameters, made.transferring) == (TRUNK + HEADS, TRUNK)
-    assert made.transport == "coordinator"
-    assert made.bytes_moved_per_step() == 2 * 4 * TRUNK * 8  # to the coordinator and back, four rows of float64
-    # rows, gradients, two moments of Adam, two for mixing; blocks of two rows
-    assert made.memory_per_actor() == 2 * 6 * (TRUNK + HEADS) * 8
+    assert made.bytes_sent_per_step() == 2 * 4 * TRUNK * 8  # to the coordinator and back, four rows of float64
+    # rows, gradients, two moments of Adam; what comes and goes of the columns that transfer; blocks of two rows
+    assert made.memory_per_actor() == 2 * (4 * (TRUNK + HEADS) + 2 * TRUNK) * 8
+    # Two actors send each other their two rows.
+    assert plan(config(2, transfer={"transport": "collective"})).bytes_sent_per_step() == 2 * 2 * TRUNK * 8
+    shared = plan(config(2))
+    assert (shared.transport.name, shared.bytes_sent_per_step()) == ("shared_memory", 0)
+    assert shared.memory_per_actor() == 2 * (4 * (TRUNK + HEADS) + TRUNK) * 8
 
 
-def test_mixed_moments_move_too():
-    data = config(2, "adapt_then_combine", transfer={"mix_moments": True})
-    assert plan(data).bytes_moved_per_step() == 3 * plan(config(2)).bytes_moved_per_step()
+def test_rows_that_are_taken_by_few_are_sent_to_few():
+    neighbours = {"kernel": "nearest", "nearest": 1, "transport": "collective"}
+    made = plan(config(2, transfer=neighbours))
+    assert made.routes.direct
+    assert made.bytes_sent_per_step() == sum(map(len, made.routes.takes)) * TRUNK * 8
+    assert made.bytes_sent_per_step() < plan(config(2, transfer={"transport": "collective"})).bytes_sent_per_step()
+
+
+def test_mixed_moments_are_sent_too_and_a_rounded_wire_halves_the_bytes():
+    collective = {"transport": "collective"}
+    rows = plan(config(2, "adapt_then_combine", transfer=collective)).bytes_sent_per_step()
+    moments = config(2, "adapt_then_combine", transfer={"mix_moments": True, **collective})
+    assert plan(moments).bytes_sent_per_step() == 3 * rows
+    single = config(2, transfer=collective, train={"dtype": "float32"})
+    rounded = config(2, transfer={"wire_dtype": "bfloat16", **collective}, train={"dtype": "float32"})
+    assert plan(rounded).bytes_sent_per_step() == plan(single).bytes_sent_per_step() / 2 == rows / 4
 
 
 def test_task_gradients_take_memory_in_the_exact_variant_only():
     sgd = {"name": "SGD", "lr": 0.1}
     base = plan(config(4, optimizer=sgd)).memory_per_actor()
     row = (TRUNK + HEADS) * 8
-    assert base == 4 * row
+    assert base == 2 * row + TRUNK * 8
     fine = {"steps": 3}
     exact = plan(config(4, optimizer=sgd, fine_tune=fine))
     assert exact.memory_per_actor() == base + 2 * row
@@ -42,10 +59,68 @@ def test_task_gradients_take_memory_in_the_exact_variant_only():
     assert plan(config(4, optimizer=sgd, fine_tune={**fine, "variant": "ub"})).memory_per_actor() == base
 
 
-def test_nothing_moves_without_transfer_or_on_one_actor():
-    assert plan(config(2, transfer={"strength": 0.0})).bytes_moved_per_step() == 0
-    assert plan(config(1)).bytes_moved_per_step() == 0
-    assert plan(config(1)).transport == "local"
+def test_nothing_is_sent_without_transfer_or_on_one_actor():
+    assert plan(config(2, transfer={"strength": 0.0, "transport": "collective"})).bytes_sent_per_step() == 0
+    assert plan(config(1)).bytes_sent_per_step() == 0
+    assert plan(config(1)).transport.name == "local"
+
+
+def two_hosts(**more):
+    return {"CPU": 4.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0, **more}
+
+
+def chosen(data, available):
+    made = make_plan(Config.model_validate(data), available)
+    return made.transport.name, made.transport.why
+
+
+def test_the_transport_follows_from_where_the_actors_are(monkeypatch):
+    assert chosen(config(1), {"CPU": 4.0}) == ("local", "one actor holds every row")
+    assert chosen(config(2), {"CPU": 4.0, "node:10.0.0.1": 1.0}) == ("shared_memory", "all actors on one host")
+    assert chosen(config(2), two_hosts()) == ("collective", "several hosts")
+    assert chosen(config(2), {"CPU": 4.0, "GPU": 2.0}) == ("collective", "actors on GPUs")
+    half = config(2)
+    half["resources"]["gpus_per_actor"] = 0.5
+    assert chosen(half, {"CPU": 4.0, "GPU": 1.0}) == ("coordinator", "actors share a GPU, which NCCL does not allow")
+    assert chosen(config(2, transfer={"transport": "collective"}), {"CPU": 4.0}) == ("collective", "asked for")
+    monkeypatch.setattr("popmtl.distributed.mixing.shared_memory.free_bytes", lambda: 10**3)
+    name, why = chosen(config(2), {"CPU": 4.0})
+    assert name == "collective"
+    assert why.endswith("has 0 MB of the 0 MB needed")
+
+
+def test_a_transport_that_cannot_serve_is_refused(monkeypatch):
+    half = config(2, transfer={"transport": "collective"})
+    half["resources"]["gpus_per_actor"] = 0.5
+    with pytest.raises(
+        RequestError, match=r"collective needs a GPU for each actor \(resources.gpus_per_actor is 0.5\)"
+    ):
+        chosen(half, {"CPU": 4.0, "GPU": 1.0})
+    shared = config(2, transfer={"transport": "shared_memory"})
+    with pytest.raises(RequestError, match="shared_memory is for actors without GPUs; take collective"):
+        chosen(shared, {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr("popmtl.distributed.mixing.shared_memory.free_bytes", lambda: 10**3)
+    with pytest.raises(RequestError, match=r"shared_memory takes 0 MB in /dev/shm, which has 0 MB; take collective"):
+        chosen(shared, {"CPU": 4.0})
+
+
+def test_what_hides_the_exchange_is_said(monkeypatch):
+    def overlap(order, optimizer=None, name="NoisyRegression", actors=2):
+        data = config(actors, order, optimizer)
+        data["problem"] = {"name": f"toy_problems:{name}"}
+        transport = plan(data).transport
+        return transport.overlap, transport.bucket_bytes
+
+    whole = float("inf")
+    assert overlap("consensus") == ("behind the forward and backward passes", whole)
+    assert overlap("consensus", actors=1) == ("none: nothing is sent", whole)
+    assert overlap("adapt_then_combine") == ("none: what transfers fits one bucket of 8 MiB", whole)
+    monkeypatch.setattr("popmtl.distributed.transport.BUCKET_BYTES", 64)
+    assert overlap("adapt_then_combine") == ("behind the backward pass, by 2 buckets", 64)
+    entries, _ = overlap("adapt_then_combine", {"name": "Adafactor", "lr": 0.01})
+    assert entries == "none: the optimizer does not treat each entry of a row alone"
+    late, _ = overlap("adapt_then_combine", name="ReadsLate")
+    assert late == "none: the backward pass reads parameters after their gradients are complete"
 
 
 def test_the_local_transport_puts_every_row_on_one_actor():
@@ -58,8 +133,8 @@ def test_the_local_transport_puts_every_row_on_one_actor():
 
 def test_the_coordinator_transport_is_taken_where_it_is_asked_for():
     made = plan(config(1, transfer={"transport": "coordinator"}))
-    assert (len(made.placement.rows), made.transport) == (1, "coordinator")
-    assert made.bytes_moved_per_step() > 0
+    assert (len(made.placement.rows), made.transport.name) == (1, "coordinator")
+    assert made.bytes_sent_per_step() > 0
 
 
 def test_a_matrix_from_a_file_is_taken_and_checked(tmp_path):

@@ -211,7 +211,7 @@ def test_adams_moments_are_mixed_as_the_parameters_are_or_not_at_all(quadratics,
         if variant == "moments":
             m, v = mixing @ m, mixing @ v
     np.testing.assert_allclose(block.rows, X, rtol=0, atol=1e-12)
-    states = [block.optimizer.state[row] for row in block.optimizer.param_groups[0]["params"]]
+    states = list(block.buckets[0].optimizer.state.values())
     np.testing.assert_allclose(torch.stack([s["exp_avg"] for s in states]), m, rtol=0, atol=1e-12)
     np.testing.assert_allclose(torch.stack([s["exp_avg_sq"] for s in states]), v, rtol=0, atol=1e-12)
 
@@ -305,7 +305,7 @@ class Together:
         self.shares, self.rounds = {}, Counter()
 
     def transport(self, subproblems):
-        def mix(block, M_rows):
+        def mix(block, A):
             now = self.rounds[subproblems[0]]
             self.rounds[subproblems[0]] += 1
             for subproblem, row in zip(subproblems, block, strict=True):
@@ -315,7 +315,8 @@ class Together:
                 self.turn.release()
                 self.barrier.wait(timeout=60)
                 self.turn.acquire()
-                return torch.stack([sum(m * self.shares[now, j] for j, m in enumerate(row.tolist())) for row in M_rows])
+                X = torch.stack([self.shares[now, j] for j in range(self.N)])
+                return A[subproblems] @ X
 
             return wait
 
@@ -405,7 +406,7 @@ def test_moments_of_parameters_that_do_not_transfer_stay_out_of_the_mix():
     block = Block(problem, range(3), weights(3), recipe)
     block.run(chunk([1.0], M))
     S = block.layout.transferring
-    moments = torch.stack([block.optimizer.state[r]["exp_avg"] for r in block.optimizer.param_groups[0]["params"]])
+    moments = torch.stack([state["exp_avg"] for state in block.buckets[0].optimizer.state.values()])
     assert (moments[:, :S] - moments[0, :S]).abs().max() < 1e-12
     torch.testing.assert_close(moments[:, S:], 0.1 * block.gradients[:, S:])
 
@@ -413,14 +414,14 @@ def test_moments_of_parameters_that_do_not_transfer_stay_out_of_the_mix():
 def test_only_the_transferring_columns_are_sent():
     problem, seen = Regression(own=["2."]), []
 
-    def mix(block, M_rows):
-        seen.append((tuple(block.shape), M_rows.tolist()))
-        return lambda: M_rows @ block
+    def mix(block, A):
+        seen.append((tuple(block.shape), A.tolist()))
+        return lambda: A @ block
 
     M = np.array([[0.5, 0.5], [0, 1]])
     block = Block(problem, range(2), weights(2), Recipe(gradient_descent(0.1)))
     block.run(chunk([1.0, 0.5, 0.0], M), mix)
-    assert seen == [((2, 24), [[0.5, 0.5], [0, 1]]), ((2, 24), [[0.75, 0.25], [0, 1]])]
+    assert seen == [((2, 24), [[-0.5, 0.5], [0, 0]]), ((2, 24), [[-0.25, 0.25], [0, 0]])]
     # Nothing transfers: nothing is sent.
     for still in (Regression(own=["0.", "2."]), problem):
         block = Block(still, range(2), weights(2), Recipe(gradient_descent(0.1)))
@@ -547,7 +548,7 @@ def test_what_is_not_finite_is_named_before_a_row_changes(how, message, order):
     block.run(chunk(np.ones(3), np.eye(3), first=10))
     before = block.rows.clone()
     with pytest.raises(FloatingPointError, match=message):
-        block.run(chunk(np.ones(3), random_coefficients(3), first=13), lambda X, M_rows: lambda: X.clone())
+        block.run(chunk(np.ones(3), random_coefficients(3), first=13), lambda X, A: lambda: X.clone())
     assert torch.equal(block.rows, before)
 
 
