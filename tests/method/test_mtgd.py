@@ -574,3 +574,64 @@ def test_recipes_are_checked():
         Recipe(OPTIMIZERS["sgd"], order="gossip")
     with pytest.raises(ValueError, match="mix_moments belongs to the adapt_then_combine order"):
         Recipe(OPTIMIZERS["sgd"], mix_moments=True)
+
+
+# --- how the gradients are taken ---
+
+
+class Ragged(Regression):
+    """Every third batch of subproblem 1 is shorter, as at the end of an epoch."""
+
+    def batches(self, seed):
+        for t, (x, y) in enumerate(super().batches(seed)):
+            size = 5 if seed == subproblem_seed(3, 1) and t % 3 == 2 else 8
+            yield x[:size], y[:size]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "bucket_bytes"),
+    [("consensus", math.inf), ("adapt_then_combine", math.inf), ("adapt_then_combine", 1), ("moments", 1)],
+)
+@pytest.mark.parametrize("problem", [Regression(own=["2."]), Ragged()], ids=["alike", "ragged"])
+def test_stacked_rows_train_as_rows_one_after_the_other(problem, exchange, bucket_bytes):
+    recipe = Recipe(OPTIMIZERS["adam"], cosine, dtype=DOUBLE, seed=3, **EXCHANGES[exchange])
+    looped, stacked = (Block(problem, range(4), weights(4), recipe, bucket_bytes=bucket_bytes) for _ in range(2))
+    assert looped.execute("loop") == "loop: asked for"
+    assert stacked.execute("stacked") == "stacked: asked for"
+    assert stacked.stacked is not None
+    steps = chunk(np.linspace(1, 0.2, 8), random_coefficients(4))
+    np.testing.assert_allclose(stacked.run(steps), looped.run(steps), rtol=0, atol=1e-12)
+    torch.testing.assert_close(stacked.rows, looped.rows, rtol=0, atol=1e-12)
+
+
+def test_rows_that_cannot_be_stacked_run_one_after_the_other_and_it_is_said():
+    block = Block(Regression(lambda: nn.Dropout(0.5)), range(2), weights(2), Recipe(gradient_descent(0.1)))
+    assert block.execute("stacked").startswith("loop: random numbers")
+    assert block.stacked is None
+    assert np.isfinite(block.run(chunk(np.ones(2), ring(2, 0.2)))).all()
+
+
+def test_bf16_rounds_the_losses_and_leaves_the_rows_and_their_evaluation_in_float32():
+    class Noting(Regression):
+        dtypes = []  # noqa: RUF012
+
+        def losses(self, model, batch):
+            self.dtypes.append(model(batch[0]).dtype)
+            return super().losses(model, batch)
+
+        def evaluation_batches(self, split):
+            return [next(self.batches(0))]
+
+    blocks = {}
+    for precision in ("full", "bf16"):
+        recipe = Recipe(gradient_descent(0.1), scalarization=SUM, precision=precision)
+        blocks[precision] = Block(Noting(), range(2), weights(2), recipe)
+        blocks[precision].run(chunk(np.ones(5), ring(2, 0.2)))
+    assert Noting.dtypes == [torch.float32] * 10 + [torch.bfloat16] * 10
+    full, rounded = blocks["full"].rows, blocks["bf16"].rows
+    assert rounded.dtype == torch.float32
+    assert 1e-6 < (rounded - full).abs().max() < 0.02
+    blocks["bf16"].evaluate("validation")
+    assert Noting.dtypes[-1] == torch.float32
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"):
+        Recipe(gradient_descent(0.1), precision="fp8")
