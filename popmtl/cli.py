@@ -70,6 +70,8 @@ def train(options: argparse.Namespace) -> None:
         folder = RunFolder.create(config.storage, run_name)
         folder.write_config(config.resolved())
         console.print(f"run {folder.path}", highlight=False, soft_wrap=True)
+        if plan.transfers:
+            console.print(f"transport {plan.transport.name}: {plan.transport.why}", highlight=False, soft_wrap=True)
         print_warnings(console, plan.warnings)
         if not options.address:
             session.enter_context(driver.cluster(None, int(resources["CPU"])))

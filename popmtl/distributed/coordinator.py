@@ -38,7 +38,7 @@ from popmtl.tracking.mlflow_sink import MlflowSink, Status
 
 Stage = Literal["starting", "training", "fine-tuning", "writing results"]
 
-CHUNK_SECONDS = 1.0
+CHUNK_SECONDS = 2.0
 """Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
 
 CAUSE_SECONDS = 10.0
@@ -300,10 +300,9 @@ class Coordinator:
         self, method: str, *arguments: Any, timeout: float | None = None, setting: str = "chunk_timeout"
     ) -> list[Any]:
         """Calls a method on every actor; the first failure ends the wait and is the one that counts."""
-        shared = [ray.put(argument) for argument in arguments]
         calls = [
             asyncio.ensure_future(
-                self._within(_awaitable(getattr(actor, method).remote(*shared)), rank, method, timeout, setting)
+                self._within(_awaitable(getattr(actor, method).remote(*arguments)), rank, method, timeout, setting)
             )
             for rank, actor in enumerate(self.actors)
         ]
