@@ -21,11 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if unknown := [argument for argument in rest if argument.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest  # argparse leaves those that come after an option
+    if rest and not hasattr(options, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest  # argparse leaves those that come after an option
     # A console script's path lacks the folder where it is called, and with it the user's own problem.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        train(options)
+        options.call(options)
     except RequestError as error:
         print(f"popmtl: {error}", file=sys.stderr)
         return BAD_REQUEST
@@ -43,7 +46,7 @@ def train(options: argparse.Namespace) -> None:
     # Ray and torch take seconds to import, which --help and a misspelt option need not wait for.
     from rich.console import Console
 
-    from popmtl.config import load_config
+    from popmtl.config import load_config, resumed_config
     from popmtl.display import ProgressLine, print_front, print_plan, print_warnings
     from popmtl.distributed import driver
     from popmtl.distributed.placement import local_resources
@@ -52,11 +55,21 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.tracking.links import run_url, server_command
 
     if options.resume:
-        raise RequestError("--resume is reserved: this version cannot resume a run yet")
-    config = load_config(options.config, options.overrides)
+        if options.config and "=" in options.config and not Path(options.config).exists():
+            options.config, options.overrides = None, [options.config, *options.overrides]  # no CONFIG was given
+        folder = RunFolder(options.resume)
+        if (folder.pareto / "front.json").exists():
+            raise RequestError(f"{folder.path}: this run has finished")
+        config = resumed_config(folder.config(), options.config, options.overrides)
+        name = folder.name
+    else:
+        if not options.config:
+            raise RequestError("train: give a CONFIG, or --resume RUN")
+        config = load_config(options.config, options.overrides)
+        name = Path(options.config).stem
     if options.storage:
         config = config.model_copy(update={"storage": options.storage})
-    name, console = Path(options.config).stem, Console()
+    console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file or a pipe has no width of its own
     with ExitStack() as session:
@@ -66,8 +79,10 @@ def train(options: argparse.Namespace) -> None:
         if options.dry_run:
             print_plan(console, plan)
             return
-        run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-        folder = RunFolder.create(config.storage, run_name)
+        if not options.resume:
+            run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+            folder = RunFolder.create(config.storage, run_name)
+        session.enter_context(folder.held())
         folder.write_config(config.resolved())
         console.print(f"run {folder.path}", highlight=False, soft_wrap=True)
         if plan.transfers:
@@ -76,7 +91,7 @@ def train(options: argparse.Namespace) -> None:
         if not options.address:
             session.enter_context(driver.cluster(None, int(resources["CPU"])))
         with ProgressLine(console) as line:
-            report = driver.run(plan, folder.path, name, line.show)
+            report = driver.run(plan, folder.path, name, line.show, resumes=bool(options.resume))
     print_front(console, report.front)
     if report.fine_tuned:
         kept = sum(one.kept for one in report.fine_tuned)
@@ -90,16 +105,54 @@ def train(options: argparse.Namespace) -> None:
         console.print(f"then    {run_url(report.location)}", highlight=False, soft_wrap=True)
 
 
+def runs(options: argparse.Namespace) -> None:
+    """`popmtl runs`: the runs in a storage folder, the latest last."""
+    from rich.console import Console
+
+    from popmtl.display import print_runs
+    from popmtl.runs.folder import RunFolder
+
+    storage = Path(options.storage or "runs")
+    if not storage.is_dir():
+        raise RequestError(f"storage {storage}: no such folder")
+    folders = [RunFolder(config.parent) for config in storage.glob("*/config.yaml")]
+    print_runs(Console(), sorted(folders, key=lambda folder: (folder.path / "config.yaml").stat().st_mtime))
+
+
+def verify(options: argparse.Namespace) -> None:
+    """`popmtl verify`: every file of a run's checkpoints against its manifest."""
+    from popmtl.runs.checkpoint import checkpoints, damage
+    from popmtl.runs.folder import RunFolder
+
+    folder = RunFolder(options.run)
+    folder.config()
+    found = checkpoints(folder)
+    damaged = {path: what for path in found if (what := damage(path))}
+    for path in found:
+        print(f"{path.name}: {damaged.get(path, 'whole')}")
+    if damaged:
+        raise RunError(f"{folder.path}: {len(damaged)} of {len(found)} checkpoints are damaged")
+    if not found:
+        print(f"{folder.path} has no checkpoint")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
     parser.add_argument("--version", action="version", version=f"popmtl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("runs", help="list the runs in a storage folder")
+    command.add_argument("--storage", help="folder that holds the runs; default: ./runs")
+    command.set_defaults(call=runs)
+    command = commands.add_parser("verify", help="check a run's checkpoints against their manifests")
+    command.add_argument("run", metavar="RUN", help="folder of the run")
+    command.set_defaults(call=verify)
     command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
-    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume the run's own if absent")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     command.add_argument("--address", help="join the Ray cluster at this address, or auto; default: start one here")
     command.add_argument("--run-name", help="name of the run and its folder; default: the config's name and the time")
     command.add_argument("--storage", help="folder that holds the runs; default: the config's, or ./runs")
-    command.add_argument("--resume", metavar="RUN", help="reserved")
+    command.add_argument("--resume", metavar="RUN", help="go on with the run in this folder from its last checkpoint")
+    command.set_defaults(call=train)
     return parser

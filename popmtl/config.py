@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -213,6 +213,20 @@ class ResourcesConfig(_Section):
     chunk_timeout: Annotated[Number, Field(gt=0)] = 600.0
 
 
+class CheckpointConfig(_Section):
+    """When everything that a run needs to go on is written to its folder: at whichever comes first."""
+
+    every_steps: Annotated[Count, Field(ge=1)] | None = None
+    every_minutes: Annotated[Number, Field(gt=0)] | None = 10.0
+    keep: Annotated[Count, Field(ge=1)] = 2
+
+
+class RecoveryConfig(_Section):
+    """What a run survives."""
+
+    max_failures: Annotated[Count, Field(ge=0)] = 3
+
+
 class FrontConfig(_Section):
     """How the front is measured."""
 
@@ -243,6 +257,8 @@ class Config(_Section):
     fine_tune: FineTuneConfig = FineTuneConfig()
     front: FrontConfig = FrontConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: str = "runs"
     seed: Annotated[Count, Field(ge=0)] = 0
@@ -288,6 +304,49 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         lines = [_describe(details) for details in error.errors()]
         raise RequestError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+MAY_CHANGE = ("resources", "tracking", "checkpoint", "recovery", "storage", "train.steps", "fine_tune.steps")
+"""What of a run's config a later resume may set anew; a change of steps moves schedules that depend on them."""
+
+
+def resumed_config(own: Mapping[str, Any], given: str | Path | None, overrides: Sequence[str]) -> Config:
+    """The config to go on with: a run's own, with what the request changes.
+
+    Args:
+        own: the run's config, as it was resolved.
+        given: a config file that must say the same, but for keys that may change; None takes the run's own.
+        overrides: `key.path=value`, of keys that may change.
+
+    Raises:
+        RequestError: keys that may not change differ, all of them listed.
+    """
+    config = Config.model_validate(dict(own))
+    data = load_config(given).resolved() if given else config.resolved()
+    for override in overrides:
+        _override(data, override)
+    try:
+        asked = Config.model_validate(data)
+    except ValidationError as error:
+        raise RequestError("\n".join(_describe(details) for details in error.errors())) from error
+    before, after = _flat(config.resolved()), _flat(asked.resolved())
+    changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    if refused := [key for key in changed if not key.startswith(MAY_CHANGE)]:
+        lines = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} now" for key in refused]
+        raise RequestError(
+            "a run can only be resumed with its own config; these differ:\n"
+            + "\n".join(lines)
+            + f"\nonly these may: {', '.join(MAY_CHANGE)}"
+        )
+    return asked
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from popmtl.distributed.coordinator import Progress
 from popmtl.distributed.plan import RunPlan
+from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front
 
 LINE_SECONDS = 10.0
@@ -130,6 +132,18 @@ def print_front(console: Console, front: Front) -> None:
         )
     console.print(table)
     console.print("* non-dominated", style="dim")
+
+
+def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
+    """One row a run: how it stands, and the last evaluation that it wrote."""
+    table = _table()
+    for name in ("run", "state", "step", "hypervolume"):
+        table.add_column(name, justify="left" if name in ("run", "state") else "right")
+    for folder in folders:
+        last: dict[str, Any] = next(reversed(folder.metrics()), {})
+        figure = last.get("hypervolume")
+        table.add_row(folder.name, folder.state(), str(last.get("step", "")), f"{figure:.5g}" if figure else "")
+    console.print(table)
 
 
 def _table() -> Table:

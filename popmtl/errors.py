@@ -7,3 +7,7 @@ class RequestError(ValueError):
 
 class RunError(RuntimeError):
     """A run that started and failed. Exit code 1."""
+
+
+class ActorLost(RunError):  # noqa: N818  # it says what happened
+    """An actor died, or did not answer in time: the run can go on from its last checkpoint."""

@@ -14,10 +14,13 @@ from uuid import uuid4
 
 import pytest
 import ray
+import torch
 import user_problems
 import yaml
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
+from popmtl.config import load_config
+from popmtl.runs.checkpoint import checkpoint_path, checkpoints, commit, write_tensors
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_model
 
@@ -151,11 +154,76 @@ def test_a_config_that_is_not_there_is_refused(no_ray, capsys, tmp_path):
     assert "absent.yaml: No such file" in capsys.readouterr().err
 
 
-def test_resuming_is_refused_and_said_to_be_reserved(refusal, no_ray):
-    assert "reserved" in refusal("--resume", "some-run")
+@pytest.fixture
+def earlier(tmp_path, config):
+    """The folder of a run that was lost."""
+    folder = RunFolder.create(tmp_path / "runs", "earlier")
+    folder.write_config(load_config(config(train={"steps": 20})).resolved())
+    folder.append_event("started")
+    return folder
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["train", "config.yaml", "--dryrun"], ["trian"], []])
+def test_a_resume_with_another_config_is_refused_and_every_key_that_differs_named(earlier, no_ray, capsys):
+    arguments = ["train", "--resume", str(earlier.path), "--dry-run"]
+    assert main([*arguments, "train.steps=30", "resources.max_actors=1", "checkpoint.keep=5"]) == OK
+    assert "30 MTGD" in capsys.readouterr().out
+    assert main([*arguments, "seed=5", "transfer.strength=0.1", "train.steps=30"]) == BAD_REQUEST
+    err = capsys.readouterr().err
+    assert "seed: 0 in the run, 5 now" in err
+    assert "transfer.strength: 0.5 in the run, 0.1 now" in err
+    assert "train.steps:" not in err
+    assert "only these may: resources, tracking" in err
+
+
+def test_what_cannot_be_resumed_is_said(earlier, no_ray, capsys, tmp_path):
+    assert main(["train", "--resume", str(tmp_path / "none")]) == BAD_REQUEST
+    assert "is not a run folder" in capsys.readouterr().err
+    with earlier.held():
+        assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
+    assert "this run is being worked on by another process" in capsys.readouterr().err
+    earlier.pareto.mkdir()
+    (earlier.pareto / "front.json").write_text("{}")
+    assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
+    assert "this run has finished" in capsys.readouterr().err
+    assert main(["train"]) == BAD_REQUEST
+    assert "give a CONFIG, or --resume RUN" in capsys.readouterr().err
+
+
+def test_the_runs_of_a_storage_folder_are_listed_with_how_they_stand(earlier, capsys):
+    storage = str(earlier.storage)
+    earlier.append_metrics({"stage": "mtgd", "step": 10, "hypervolume": 0.5})
+
+    def listed():
+        assert main(["runs", "--storage", storage]) == OK
+        return [line.split() for line in capsys.readouterr().out.splitlines() if "earlier" in line]
+
+    assert listed() == [["earlier", "lost", "10", "0.5"]]
+    with earlier.held():
+        assert listed() == [["earlier", "running", "10", "0.5"]]
+    earlier.append_event("interrupted")
+    assert listed() == [["earlier", "interrupted", "10", "0.5"]]
+    earlier.append_event("resumed")
+    assert listed() == [["earlier", "lost", "10", "0.5"]]
+    earlier.append_event("finished")
+    assert listed() == [["earlier", "finished", "10", "0.5"]]
+    assert main(["runs", "--storage", storage + "/none"]) == BAD_REQUEST
+
+
+def test_checkpoints_are_verified(earlier, capsys):
+    assert main(["verify", str(earlier.path)]) == OK
+    assert "no checkpoint" in capsys.readouterr().out
+    for step in (1, 2):
+        path = checkpoint_path(earlier, step)
+        commit(path, [write_tensors(path / "a.safetensors", {"row": torch.zeros(3)}, {})], {"step": step})
+    assert main(["verify", str(earlier.path)]) == OK
+    (checkpoint_path(earlier, 2) / "a.safetensors").unlink()
+    assert main(["verify", str(earlier.path)]) == FAILED
+    out, err = capsys.readouterr()
+    assert "a.safetensors is missing" in out
+    assert "1 of 2 checkpoints are damaged" in err
+
+
+@pytest.mark.parametrize("arguments", [["verify"], ["train", "config.yaml", "--dryrun"], ["trian"], []])
 def test_a_misspelt_command_line_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -176,10 +244,11 @@ class Shell:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
         return clean | {self.mark: "1"}
 
-    def start(self, *arguments, **data):
+    def start(self, *arguments, named=True, **data):
         (self.folder / "small.yaml").write_text(yaml.safe_dump(VLMOP2 | data))
+        config = ["small.yaml", "--run-name", "one"] if named else []
         return subprocess.Popen(
-            [Path(sys.executable).with_name("popmtl"), "train", "small.yaml", "--run-name", "one", *arguments],
+            [Path(sys.executable).with_name("popmtl"), "train", *config, *arguments],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -257,7 +326,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
         assert "model/model.safetensors" in [file.path for file in client.list_artifacts(member.info.run_id, "model")]
 
     again = shell.start()  # The name is taken: refused, and what is there stays.
-    out, err = again.communicate(timeout=120)
+    _, err = again.communicate(timeout=120)
     assert (again.returncode, out) == (BAD_REQUEST, "")
     assert "exists already: give this run another --run-name" in err
     assert json.loads((run.pareto / "front.json").read_text()) == front
@@ -354,3 +423,26 @@ def wait_for(process, ready, seconds):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"not ready within {seconds} s"
         time.sleep(0.1)
+
+
+def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell):
+    train = {"steps": 20_000, "evaluate_every": 5000}
+    data = {"train": train, "fine_tune": {"steps": 50}, "checkpoint": {"every_steps": 1000}}
+    data["tracking"] = {"enabled": False}
+    straight = shell.start("train.execution=loop", **data)
+    assert straight.wait(timeout=240) == OK
+    (shell.folder / "runs" / "one").rename(shell.folder / "runs" / "straight")
+    broken = shell.start("train.execution=loop", **data)
+    wait_for(broken, lambda: checkpoints(shell.run), 120)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.communicate(timeout=60)
+    assert shell.survivors(30.0) == []
+    assert shell.run.state() == "lost"
+    again = shell.start("--resume", "runs/one", named=False, **data)
+    _, err = again.communicate(timeout=240)
+    assert again.returncode == OK, err
+    events = [event["kind"] for event in shell.run.events()]
+    assert events.index("rewound") > events.index("resumed")
+    undisturbed = RunFolder(shell.folder / "runs" / "straight")
+    assert shell.run.front() == undisturbed.front()
+    assert shell.run.metrics() == undisturbed.metrics()

@@ -22,14 +22,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from popmtl.distributed.mixing.coordinator import Exchange
 from popmtl.distributed.placement import Placement, rank_order
 from popmtl.distributed.plan import DIVERGENCE, RunPlan
-from popmtl.distributed.subproblem import Steps, SubproblemActor
-from popmtl.errors import RunError
+from popmtl.distributed.subproblem import Resumption, Steps, SubproblemActor
+from popmtl.errors import ActorLost, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
+from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
+from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last, last_whole
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_model, model_file, write_front, write_model
@@ -98,11 +100,13 @@ class Report:
 class Coordinator:
     """Runs a plan. An asynchronous actor, so that `exchange` and `progress` are answered while `run` waits."""
 
-    def __init__(self, plan: RunPlan, folder: Path, config_name: str) -> None:
-        self.plan, self.folder, self.config_name = plan, RunFolder(folder), config_name
-        self.course = Course(
-            plan.M, plan.factors, plan.config.train.evaluate_every, plan.ideal_point, plan.reference_point
-        )
+    def __init__(self, plan: RunPlan, folder: Path, config_name: str, resumes: bool = False) -> None:
+        self.plan, self.folder, self.config_name, self.resumes = plan, RunFolder(folder), config_name, resumes
+        self.course = self._new_course()
+        self.resumption: Resumption | None = None
+        self.executions: list[Execution] | None = None
+        self.pending: tuple[Path, dict[str, Any]] | None = None
+        self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
         self.mixing = Exchange(len(plan.placement.rows))
         self.actors: list[ActorHandle[Any]] = []
@@ -117,9 +121,8 @@ class Coordinator:
             RunError: it failed; the message names the cause.
             asyncio.CancelledError: it was stopped.
         """
-        self.folder.append_event(
-            "started", actors=self.plan.placement.describe(), transport=asdict(self.plan.transport)
-        )
+        kind = "resumed" if self.resumes else "started"
+        self.folder.append_event(kind, actors=self.plan.placement.describe(), transport=asdict(self.plan.transport))
         self.task = asyncio.ensure_future(self._stages())
         try:
             report = await self.task
@@ -164,13 +167,91 @@ class Coordinator:
                 len(self.plan.factors) + (self.plan.aligned.steps if self.plan.aligned else 0),
                 self.config_name,
             )
-        await self._start_actors()
-        await self._train()
-        fine_tuned = await self._fine_tune() if self.plan.aligned else []
-        return await self._write_results(fine_tuned)
+        if self.resumes:
+            self._rewind()
+        failures = 0
+        while True:
+            try:
+                await self._start_actors()
+                await self._train()
+                fine_tuned = await self._fine_tune() if self.plan.aligned else []
+                return await self._write_results(fine_tuned)
+            except (ActorLost, ConnectionError, TimeoutError, GetTimeoutError) as error:  # noqa: PERF203  # seldom
+                failures += 1
+                # Actors that never came to be ready would not the next time either.
+                if failures > self.plan.config.recovery.max_failures or self.executions is None:
+                    raise
+                reason = describe_failure(error)
+                self.folder.append_event("recovering", failure=failures, step=self.course.step, error=reason)
+                self._release()
+                self._rewind()
+
+    def _new_course(self) -> Course:
+        plan = self.plan
+        every = plan.config.train.evaluate_every
+        return Course(plan.M, plan.factors, every, plan.ideal_point, plan.reference_point)
+
+    def _rewind(self) -> None:
+        """Goes back to the last checkpoint that is whole, or to the start: rows of different steps do not mix."""
+        found = last_whole(self.folder, lambda what: self.folder.append_event("damaged checkpoint", what=what))
+        self.course, self.resumption, self.pending = self._new_course(), None, None
+        step = -1
+        if found:
+            path, record = found
+            step = record["step"]
+            self.course.restore(record["course"])
+            assert self.course.ideal is not None  # observed before the first step
+            self.resumption = Resumption(path, step, record["fine_tuned"], self.course.ideal)
+            if len(record["executions"]) == len(self.plan.placement.rows):
+                self.executions = record["executions"]  # another choice would round otherwise
+        self.folder.forget_metrics_after(step)
+        self.folder.append_event("rewound", step=max(0, step), checkpoint=found[0].name if found else None)
+
+    async def _start_checkpoint(self, fine_tuned: int | None) -> None:
+        """Has the actors copy their rows, and write them while they go on.
+
+        Args:
+            fine_tuned: steps of the Aligned-MTL stage that are done; None before it.
+        """
+        await self._commit(wait=True)
+        step = self.course.step + (fine_tuned or 0)
+        path = checkpoint_path(self.folder, step)
+        await self._all("checkpoint", path)
+        course, executions = self.course.state(), self.executions
+        record = {"step": step, "fine_tuned": fine_tuned, "executions": executions, "course": course}
+        self.pending, self.last_checkpoint = (path, record), time.monotonic()
+
+    async def _commit(self, *, wait: bool) -> None:
+        """Makes the checkpoint count that is being written, once it is there."""
+        if not self.pending or not (wait or all(await self._all("is_written"))):
+            return
+        (path, record), self.pending = self.pending, None
+        written = await self._all("files_written")
+        failed = next((what for what in written if isinstance(what, str)), None)
+        if failed is None:
+            try:
+                await asyncio.to_thread(commit, path, _in_order(written), record)
+                await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
+            except OSError as error:
+                failed = str(error)
+        kind = "checkpoint" if failed is None else "checkpoint failed"
+        self.folder.append_event(kind, step=record["step"], **({} if failed is None else {"error": failed}))
+
+    def _checkpoint_due(self, step: int) -> bool:
+        checkpoint = self.plan.config.checkpoint
+        minutes = (time.monotonic() - self.last_checkpoint) / 60
+        return bool(checkpoint.every_steps and step % checkpoint.every_steps == 0) or (
+            checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes
+        )
+
+    def _until_checkpoint(self, step: int, longest: int) -> int:
+        """So many steps at most, and none beyond the next checkpoint."""
+        every = self.plan.config.checkpoint.every_steps
+        return min(longest, every - step % every) if every else longest
 
     async def _start_actors(self) -> None:
         limit = self.plan.config.resources.start_timeout
+        self.mixing = Exchange(len(self.plan.placement.rows))
         crew = await start_actors(self.plan.placement, limit)
         self.group, self.actors, hosts = crew.group, crew.actors, crew.hosts
         if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
@@ -183,26 +264,33 @@ class Coordinator:
         meet: Any = self.actors[0].meet.remote(self.plan, hosts[0])
         meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
         me = ray.get_runtime_context().current_actor
-        executions = await self._all("setup", self.plan, me, hosts, meeting, timeout=limit, setting="start_timeout")
+        arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions)
+        executions = await self._all("setup", *arguments, timeout=limit, setting="start_timeout")
+        self.executions = [execution.partition(":")[0] for execution in executions]
         self.folder.append_event("ready", hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
-        await self._observe()
-        longest, start, stepping, control = 1, time.monotonic(), 0.0, 0.0
-        while chunk := self.course.next_chunk(longest):
+        if not self.course.history:
+            await self._observe()
+        longest, start, stepping, control, first = 1, time.monotonic(), 0.0, 0.0, self.course.step
+        while chunk := self.course.next_chunk(self._until_checkpoint(self.course.step, longest)):
             asked = time.monotonic()
             steps: list[Steps] = await self._all("run_steps", chunk)
             taken = max(step.seconds for step in steps)
             stepping, control = stepping + taken, control + time.monotonic() - asked - taken
             longest = max(1, round(CHUNK_SECONDS * len(chunk) / taken))
             due = self.course.advance(chunk)
-            self._took(self.course.step, start, steps, chunk.first)
+            self._took(self.course.step, start, steps, chunk.first, first)
             if due:
                 await self._observe()
-        self.folder.append_event("trained", steps=self.course.step, step_seconds=stepping, control_seconds=control)
+            await self._commit(wait=False)
+            if self._checkpoint_due(self.course.step):
+                await self._start_checkpoint(None)
+        steps_taken = self.course.step - first
+        self.folder.append_event("trained", steps=steps_taken, step_seconds=stepping, control_seconds=control)
 
     async def _observe(self) -> None:
         self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
@@ -219,14 +307,21 @@ class Coordinator:
         assert self.plan.aligned is not None
         trained, total = len(self.plan.factors), self.plan.aligned.steps
         self._enter("fine-tuning", total)
-        await self._all("start_fine_tuning", self.course.ideal)
-        done, longest, start = 0, 1, time.monotonic()
+        done = 0
+        if self.resumption and self.resumption.fine_tuned is not None:
+            done = self.resumption.fine_tuned
+        else:
+            await self._all("start_fine_tuning", self.course.ideal)
+        longest, start, before = 1, time.monotonic(), done
         while done < total:
-            n = min(longest, total - done)
+            n = min(self._until_checkpoint(trained + done, longest), total - done)
             steps: list[Steps] = await self._all("fine_tune_steps", trained + done, n)
             longest = max(1, round(CHUNK_SECONDS * n / max(step.seconds for step in steps)))
             done += n
-            self._took(done, start, steps, trained + done - n)
+            self._took(done, start, steps, trained + done - n, before)
+            await self._commit(wait=False)
+            if self._checkpoint_due(trained + done):
+                await self._start_checkpoint(done)
         fine_tuned: list[FineTuned] = _in_order(await self._all("finish_fine_tuning"))
         figures: dict[str, list[float | None]] = {
             "scalarized_before": [one.before for one in fine_tuned],
@@ -244,6 +339,7 @@ class Coordinator:
 
     async def _write_results(self, fine_tuned: Sequence[FineTuned]) -> Report:
         self._enter("writing results", 0)
+        await self._commit(wait=True)
         plan = self.plan
         evaluations = await self._evaluations("test")
         for rank, rows in enumerate(plan.placement.rows):
@@ -286,12 +382,17 @@ class Coordinator:
 
     async def _end(self, status: Status, timeout: float = 600.0) -> list[str]:
         """Lets go of the actors and closes MLflow's runs; what could not be logged."""
+        self._release()
+        return await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+
+    def _release(self) -> None:
+        """Lets go of the actors."""
         self.mixing.fail("the run has ended")
         for actor in self.actors:
             ray.kill(actor)
         if self.group:
             remove_placement_group(self.group)
-        return await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+        self.actors, self.group = [], None
 
     async def _evaluations(self, split: str) -> list[Evaluation]:
         return _in_order(await self._all("evaluate", split))
@@ -331,20 +432,20 @@ class Coordinator:
         try:
             return await asyncio.wait_for(call, limit)
         except asyncio.TimeoutError:
-            raise RunError(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
+            raise ActorLost(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
         except RayActorError as error:
-            raise RunError(f"{name} died: {error}") from error
+            raise ActorLost(f"{name} died: {error}") from error
 
     def _enter(self, stage: Stage, steps: int) -> None:
         self.now = replace(self.now, stage=stage, step=0, steps=steps, steps_per_second=None)
 
-    def _took(self, step: int, start: float, steps: Sequence[Steps], first: int) -> None:
+    def _took(self, step: int, start: float, steps: Sequence[Steps], first: int, resumed: int) -> None:
         losses = np.concatenate([taken.losses for taken in steps], axis=1)
         self.now = replace(
             self.now,
             step=step,
             losses=(float(losses.min()), float(losses.max())),
-            steps_per_second=step / (time.monotonic() - start),
+            steps_per_second=(step - resumed) / (time.monotonic() - start),
         )
         if self.sink:
             self.sink.log_training_losses(np.arange(first, first + len(losses)) + 1, losses)

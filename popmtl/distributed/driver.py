@@ -76,14 +76,16 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
 
 
-def run(plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress], None]) -> Report:
-    """Runs a plan on the Ray that is connected, and shows its progress.
+def run(
+    plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress], None], *, resumes: bool = False
+) -> Report:
+    """Runs a plan on the Ray that is connected, from its folder's last checkpoint if it `resumes`; shows its progress.
 
     Raises:
         RunError: the run failed.
         KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
     """
-    coordinator = _Coordinator.options(num_cpus=0).remote(plan, folder, config_name)
+    coordinator = _Coordinator.options(num_cpus=0).remote(plan, folder, config_name, resumes)
     ending = coordinator.run.remote()
     try:
         with _signals_interrupt():

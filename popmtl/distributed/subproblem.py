@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
+from safetensors import SafetensorError
 from torch import Tensor
 
 from popmtl.distributed.mixing import collective, shared_memory
@@ -23,7 +26,10 @@ from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk
 from popmtl.method.problem import Evaluation, Split
+from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
+from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
+from popmtl.runs.checkpoint import WrittenFile, read_tensors, subproblem_file, write_tensors
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,16 @@ class Steps:
 
     losses: NDArray[np.float64]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that actors go on from: its folder, the steps of all stages that are done, and of fine-tuning."""
+
+    path: Path
+    step: int
+    fine_tuned: int | None
+    ideal: NDArray[np.float64]
 
 
 class SubproblemActor:
@@ -52,7 +68,15 @@ class SubproblemActor:
             return address
         return None
 
-    def setup(self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None) -> str:
+    def setup(
+        self,
+        plan: RunPlan,
+        coordinator: ActorHandle[Any],
+        hosts: Sequence[str],
+        meeting: str | None,
+        resumption: Resumption | None,
+        executions: Sequence[Execution] | None,
+    ) -> str:
         """Builds the problem and the rows; says how it will take their gradients, and why so.
 
         Not in the constructor: what goes wrong here has a reply to travel in.
@@ -70,7 +94,48 @@ class SubproblemActor:
             bucket_bytes=plan.transport.bucket_bytes,
         )
         self.aligned = plan.aligned
-        return self.block.execute(plan.config.train.execution)
+        self.fine_tuning: FineTuning | None = None
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.written: Future[list[WrittenFile]] | None = None
+        if resumption:
+            self._resume(resumption)
+        return self.block.execute(executions[self.rank] if executions else plan.config.train.execution)
+
+    def _resume(self, resumption: Resumption) -> None:
+        block = self.block
+        files = [resumption.path / subproblem_file(i) for i in block.subproblems]
+        states = [RowState(*read_tensors(file)) for file in files]
+        play_again(block, resumption.step)
+        if resumption.fine_tuned is None:
+            step_schedules(block.buckets, resumption.step)
+            put(block, block.buckets, states)
+        else:
+            assert self.aligned is not None  # the same config that wrote it
+            self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, (resumption.fine_tuned, states))
+
+    def checkpoint(self, path: Path) -> None:
+        """Copies all that the rows need to go on, and writes it to a folder while the next steps are taken."""
+        block = self.block
+        states = self.fine_tuning.snapshot() if self.fine_tuning else take(block, block.buckets)
+
+        def write() -> list[WrittenFile]:
+            return [
+                write_tensors(path / subproblem_file(i), state.tensors, state.numbers)
+                for i, state in zip(block.subproblems, states, strict=True)
+            ]
+
+        self.written = self.writer.submit(write)
+
+    def is_written(self) -> bool:
+        """Whether the writing of the last checkpoint has ended."""
+        return self.written is None or self.written.done()
+
+    def files_written(self) -> list[WrittenFile] | str:
+        """The files of the last checkpoint, once they are on disk; what is wrong if they could not be written."""
+        try:
+            return self.written.result() if self.written else []
+        except (OSError, SafetensorError) as error:
+            return str(error)
 
     def _transport(
         self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None
@@ -110,12 +175,14 @@ class SubproblemActor:
 
     def fine_tune_steps(self, first: int, steps: int) -> Steps:
         """Takes steps of the stage."""
+        assert self.fine_tuning is not None  # it was started
         start = time.perf_counter()
         losses = self.fine_tuning.run(first, steps)
         return Steps(losses, time.perf_counter() - start)
 
     def finish_fine_tuning(self) -> list[FineTuned]:
         """Leaves the stage, each model as it is better."""
+        assert self.fine_tuning is not None  # it was started
         return self.fine_tuning.finish()
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:

@@ -6,8 +6,9 @@ so that they take the same decisions at the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,24 @@ class Course:
         if self.reference_point is None:
             raise ValueError("the population must be observed once, to have a reference point")
         return Observation(step, F, hypervolume(F, self.reference_point), int(non_dominated(F).sum()))
+
+    def state(self) -> dict[str, Any]:
+        """Where the course stands, as JSON can hold it."""
+        return {
+            "step": self.step,
+            "ideal": None if self.ideal is None else self.ideal.tolist(),
+            "reference_point": None if self.reference_point is None else self.reference_point.tolist(),
+            "history": [{"step": seen.step, "F": seen.F.tolist()} for seen in self.history],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from where `state` was taken."""
+        self.step = state["step"]
+        self.ideal = None if state["ideal"] is None else np.asarray(state["ideal"], dtype=np.float64)
+        if state["reference_point"] is not None:
+            self.reference_point = np.asarray(state["reference_point"], dtype=np.float64)
+        seen = [(record["step"], np.asarray(record["F"], dtype=np.float64)) for record in state["history"]]
+        self.history = [self.measure(F, step) for step, F in seen]
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
         """The steps up to the next evaluation, or `longest` of them; None when the run's steps are done."""

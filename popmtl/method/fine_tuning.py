@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from popmtl.method.aligned_mtl import Aligned, align
+from popmtl.method.buckets import Bucket
 from popmtl.method.mtgd import Block
 from popmtl.method.problem import Evaluation, Problem, to_model
+from popmtl.method.snapshot import RowState, copied, put, step_schedules, take
 
 Variant = Literal["exact", "ub"]
 VARIANTS: tuple[Variant, ...] = ("exact", "ub")
@@ -68,18 +70,39 @@ class FineTuned:
 class FineTuning:
     """The stage for the rows of a block: create it, `run` the steps in as many pieces as you like, `finish`."""
 
-    def __init__(self, block: Block, recipe: AlignedRecipe, ideal: NDArray[np.float64]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        recipe: AlignedRecipe,
+        ideal: NDArray[np.float64],
+        resumed: tuple[int, Sequence[RowState]] | None = None,
+    ) -> None:
+        """Enters the stage, or goes on in it.
+
+        Args:
+            block: whose rows it trains.
+            recipe: of the stage.
+            ideal: point of the scalarization, shape (m,).
+            resumed: steps of the stage that are done, and what `snapshot` returned then.
+        """
         self.block, self.recipe = block, recipe
         self.ideal = torch.as_tensor(ideal)
-        self.before = block.evaluate("validation")
-        self.saved = [{k: v.clone() for k, v in model.state_dict().items()} for model in block.models]
-        self.optimizer, self.lr_schedule = block.new_optimizer(recipe.optimizer, recipe.lr_schedule)
+        optimizer, lr_schedule = block.new_optimizer(recipe.optimizer, recipe.lr_schedule)
+        self.bucket = Bucket(0, block.layout.size, 0, optimizer, lr_schedule)
+        self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
+        if resumed is None:
+            self.before = block.evaluate("validation")
+            self.saved = [{k: v.clone() for k, v in model.state_dict().items()} for model in block.models]
+        else:
+            done, states = resumed
+            step_schedules([self.bucket], done)
+            put(block, [self.bucket], states)
+            self._recall(states)
         if recipe.variant == "exact":
             # A stream and a model of its own: neither the rows' data nor their buffers may depend on a look at them.
             batch = to_model(next(block.problem.batches(block.seeds[0])), block.rows)
             names = shared_parameters(block.problem, copy.deepcopy(block.models[0]), batch)
             self.shared = block.layout.columns(names).to(block.rows.device)
-        self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
 
     def run(self, first: int, steps: int) -> NDArray[np.float64]:
         """Takes steps first … first+steps−1 of the stage; returns their training losses, shape (steps, k, m).
@@ -103,11 +126,29 @@ class FineTuning:
             losses.append(f)
         stacked = torch.stack(losses)
         block.check_finite(stacked, t)
-        self.optimizer.step()
-        if self.lr_schedule:
-            self.lr_schedule.step()
+        self.bucket.step()
         block.project()
         return stacked
+
+    def snapshot(self) -> list[RowState]:
+        """All that the stage needs to go on from here; with the model from before it, to which a row may go back."""
+        states = take(self.block, [self.bucket])
+        for state, saved, before, stability in zip(states, self.saved, self.before, self.stability, strict=True):
+            state.tensors.update({f"before/{name}": copied(value) for name, value in saved.items()})
+            evaluated = {"objectives": before.objectives.tolist(), "metrics": before.metrics}
+            state.numbers.update({"before": evaluated, "stability": list(stability)})
+        return states
+
+    def _recall(self, states: Sequence[RowState]) -> None:
+        device = self.block.rows.device
+        self.before, self.saved, self.stability = [], [], []
+        for state in states:
+            evaluated = state.numbers["before"]
+            objectives = torch.tensor(evaluated["objectives"], dtype=torch.float64)
+            self.before.append(Evaluation(objectives, evaluated["metrics"]))
+            named = [(name.partition("/"), value) for name, value in state.tensors.items()]
+            self.saved.append({name: value.to(device) for (kind, _, name), value in named if kind == "before"})
+            self.stability.append([(c, cosine, size) for c, cosine, size in state.numbers["stability"]])
 
     def align_exact(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import yaml
 from popmtl.errors import RequestError
 from popmtl.runs.files import replacing, to_json
 from popmtl.runs.front import Front
+
+ENDS = ("finished", "failed", "interrupted")
+"""Events that end a run."""
 
 
 class RunFolder:
@@ -75,6 +80,36 @@ class RunFolder:
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl; what is not finite becomes null."""
         self._append("metrics.jsonl", record)
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drops the records of metrics.jsonl that a run which goes on from this step will write again."""
+        kept = [record for record in self.metrics() if record["step"] <= step and record["stage"] == "mtgd"]
+        with replacing(self.path / "metrics.jsonl") as beside:
+            beside.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps every other process from working in this folder at the same time.
+
+        Raises:
+            RequestError: one already does.
+        """
+        with (self.path / ".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RequestError(f"{self.path}: this run is being worked on by another process") from error
+            yield
+
+    def state(self) -> str:
+        """How the run stands: running, finished, failed or interrupted; or lost, if it ended without a word."""
+        try:
+            with self.held():
+                pass
+        except RequestError:
+            return "running"
+        last = [event["kind"] for event in self.events() if event["kind"] in (*ENDS, "started", "resumed")][-1:]
+        return last[0] if last and last[0] in ENDS else "lost"
 
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details."""

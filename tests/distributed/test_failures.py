@@ -57,7 +57,8 @@ def test_an_actor_that_is_killed_ends_the_run_with_its_name(run, transport):
 
     # It transfers at every step: the other actor is in the middle of one, or will be.
     transfer = {"transport": transport, "schedule": "constant"}
-    data = config(2, train={"steps": 100_000, "evaluate_every": 100}, transfer=transfer)
+    train, recovery = {"steps": 100_000, "evaluate_every": 100}, {"max_failures": 0}
+    data = config(2, train=train, transfer=transfer, recovery=recovery)
     start = time.monotonic()
     with pytest.raises(RunError, match=r"actor \d \(subproblems \d to \d\) died"):
         run(data, kill_one)
