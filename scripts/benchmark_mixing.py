@@ -52,7 +52,7 @@ from popmtl.problems import Problem
 
 N, HOST, TIMEOUT, ITEMSIZE = 8, "127.0.0.1", 120.0, 4
 ROUNDS = 5  # of products
-TURNS, STEPS = 15, 3  # of training: rounds, and steps in each
+TURNS, STEPS = 10, 3  # of training: rounds, and steps in each
 GPUS = torch.cuda.device_count()
 LINK_BITS = 1e9
 

@@ -94,6 +94,7 @@ def make(problem: dict, N: int, steps: int, actors: int | None, resources: dict)
         "transfer": {"schedule": "constant"},
         "resources": {"max_actors": actors},
         "tracking": {"enabled": False},
+        "recovery": {"max_failures": 0},
     }
     return make_plan(Config.model_validate(config), resources)
 

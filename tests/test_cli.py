@@ -326,7 +326,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
         assert "model/model.safetensors" in [file.path for file in client.list_artifacts(member.info.run_id, "model")]
 
     again = shell.start()  # The name is taken: refused, and what is there stays.
-    _, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=120)
     assert (again.returncode, out) == (BAD_REQUEST, "")
     assert "exists already: give this run another --run-name" in err
     assert json.loads((run.pareto / "front.json").read_text()) == front
@@ -426,8 +426,8 @@ def wait_for(process, ready, seconds):
 
 
 def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell):
-    train = {"steps": 20_000, "evaluate_every": 5000}
-    data = {"train": train, "fine_tune": {"steps": 50}, "checkpoint": {"every_steps": 1000}}
+    train = {"steps": 3000, "evaluate_every": 1000}
+    data = {"train": train, "fine_tune": {"steps": 50}, "checkpoint": {"every_steps": 250}}
     data["tracking"] = {"enabled": False}
     straight = shell.start("train.execution=loop", **data)
     assert straight.wait(timeout=240) == OK

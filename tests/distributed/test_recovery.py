@@ -12,7 +12,7 @@ from popmtl.errors import RunError
 from popmtl.runs.checkpoint import checkpoints
 from popmtl.runs.results import load_state
 
-STEPS = 6000
+STEPS = 4000
 
 
 def data(transport, **more):
