@@ -79,7 +79,7 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl; what is not finite becomes null."""
-        self._append("metrics.jsonl", record)
+        self.append("metrics.jsonl", record)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops the records of metrics.jsonl that a run which goes on from this step will write again."""
@@ -114,7 +114,7 @@ class RunFolder:
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self._append("events.jsonl", {"time": time, "kind": kind, **details})
+        self.append("events.jsonl", {"time": time, "kind": kind, **details})
 
     def config(self) -> dict[str, Any]:
         """The content of config.yaml.
@@ -135,11 +135,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl in the order of writing; none where there is no file."""
-        return self._lines("metrics.jsonl")
+        return self.lines("metrics.jsonl")
 
     def events(self) -> list[dict[str, Any]]:
         """The records of events.jsonl in the order of writing; none where there is no file."""
-        return self._lines("events.jsonl")
+        return self.lines("events.jsonl")
 
     def front(self) -> Front:
         """The Pareto set that the run ended with.
@@ -153,14 +153,36 @@ class RunFolder:
         except FileNotFoundError as error:
             raise RequestError(f"{self.path} has no front yet: {path} is missing") from error
 
-    def _append(self, file: str, record: Mapping[str, Any]) -> None:
-        with (self.path / file).open("a", encoding="utf-8") as stream:
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Adds a record to a file of JSON lines; what is not finite becomes null."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
             stream.write(to_json(record) + "\n")
 
-    def _lines(self, file: str) -> list[dict[str, Any]]:
-        path = self.path / file
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The records of a file of JSON lines in the order of writing; none where there is no file."""
+        path = self.path / name
         if not path.exists():
             return []
         # Without a newline at its end the last line is one that a crash cut short.
         complete = path.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in complete]
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file of the folder: a reader finds the old content or the new, whole."""
+        with replacing(self.path / name) as beside:
+            beside.write_bytes(content)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file of the folder.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return (self.path / name).read_bytes()
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """A file of the folder as one on this machine's disk."""
+        yield self.path / name
