@@ -20,6 +20,7 @@ from popmtl.errors import RequestError
 from popmtl.method.aligned_mtl import SCALES
 from popmtl.method.decomposition import MIN_WEIGHT
 from popmtl.method.mtgd import ORDERS, PRECISIONS
+from popmtl.method.reseeding import MAX_RESEEDS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
 from popmtl.method.transfer import KERNELS, SCHEDULES
 
@@ -225,6 +226,7 @@ class RecoveryConfig(_Section):
     """What a run survives."""
 
     max_failures: Annotated[Count, Field(ge=0)] = 3
+    max_reseeds: Annotated[Count, Field(ge=0)] = MAX_RESEEDS
 
 
 class FrontConfig(_Section):

@@ -132,6 +132,10 @@ def print_front(console: Console, front: Front) -> None:
         )
     console.print(table)
     console.print("* non-dominated", style="dim")
+    for member in front.members:
+        if member.lost:
+            again = f", and {member.reseeds} new starts did not help" if member.reseeds else ""
+            print_warnings(console, [f"subproblem {member.subproblem} was lost: {member.lost}{again}"])
 
 
 def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from popmtl.method.mtgd import subproblem_seed
 from popmtl.problems import Problem
 
 
@@ -54,6 +55,24 @@ class NoisyRegression(Problem):
 
     def transfers(self, parameter):
         return parameter.startswith("trunk")
+
+
+class Planted(NoisyRegression):
+    """NaN in the batches of one subproblem at some of its steps; fails where it is to compute with a NaN row."""
+
+    def __init__(self, subproblem, steps, seed=3):
+        super().__init__()
+        self.seed, self.steps = subproblem_seed(seed, subproblem), steps
+
+    def batches(self, seed):
+        for t, batch in enumerate(super().batches(seed)):
+            planted = seed == self.seed and t in self.steps
+            yield {**batch, "x": batch["x"] * float("nan")} if planted else batch
+
+    def losses(self, model, batch):
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise AssertionError("a NaN has reached a row")
+        return super().losses(model, batch)
 
 
 class ReadsLate(NoisyRegression):

@@ -29,6 +29,7 @@ from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
+from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
 from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last, last_whole
@@ -189,7 +190,8 @@ class Coordinator:
     def _new_course(self) -> Course:
         plan = self.plan
         every = plan.config.train.evaluate_every
-        return Course(plan.M, plan.factors, every, plan.ideal_point, plan.reference_point)
+        reseeds = plan.config.recovery.max_reseeds
+        return Course(plan.W, plan.M, plan.factors, every, plan.ideal_point, plan.reference_point, reseeds)
 
     def _rewind(self) -> None:
         """Goes back to the last checkpoint that is whole, or to the start: rows of different steps do not mix."""
@@ -284,13 +286,41 @@ class Coordinator:
             longest = max(1, round(CHUNK_SECONDS * len(chunk) / taken))
             due = self.course.advance(chunk)
             self._took(self.course.step, start, steps, chunk.first, first)
+            self.course.leave([departed for step in steps for departed in step.departures])
             if due:
+                await self._reseed()
                 await self._observe()
             await self._commit(wait=False)
             if self._checkpoint_due(self.course.step):
                 await self._start_checkpoint(None)
         steps_taken = self.course.step - first
         self.folder.append_event("trained", steps=steps_taken, step_seconds=stepping, control_seconds=control)
+
+    async def _reseed(self) -> None:
+        """Has the rows that are out, and not for good, start again."""
+        for start in self.course.reseedings():
+            total = Combination()
+            for j, share in start.shares.items():  # one at a time: the whole population may not fit in here
+                total.add(share, await self._state(j))
+            rank, i = self._place(start.subproblem)
+            call: Any = self.actors[rank].reseed.remote(i, total.model())
+            await self._within(_awaitable(call), rank, "reseed")
+            self.folder.append_event(
+                "reseeded", subproblem=start.subproblem, step=self.course.step, shares=start.shares
+            )
+
+    async def _state(self, subproblem: int) -> dict[str, NDArray[Any]]:
+        """A subproblem's model."""
+        rank, i = self._place(subproblem)
+        call: Any = self.actors[rank].state.remote(i)
+        state: dict[str, NDArray[Any]] = await self._within(_awaitable(call), rank, "state")
+        return state
+
+    def _place(self, subproblem: int) -> tuple[int, int]:
+        """The rank that holds a subproblem, and which of its rows that is."""
+        return next(
+            (r, subproblem - rows.start) for r, rows in enumerate(self.plan.placement.rows) if subproblem in rows
+        )
 
     async def _observe(self) -> None:
         self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
@@ -342,9 +372,10 @@ class Coordinator:
         await self._commit(wait=True)
         plan = self.plan
         evaluations = await self._evaluations("test")
-        for rank, rows in enumerate(plan.placement.rows):
-            for i, subproblem in enumerate(rows):  # one at a time: the whole population may not fit in here
-                state = await self._within(_awaitable(self.actors[rank].state.remote(i)), rank, "state")
+        lost = self.course.out
+        for subproblem in range(len(plan.W)):
+            if subproblem not in lost:
+                state = await self._state(subproblem)
                 tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
                 await asyncio.to_thread(write_model, self.folder, subproblem, tensors)
         F = objective_matrix(evaluations)
@@ -363,7 +394,9 @@ class Coordinator:
                     metrics=evaluations[i].metrics,
                     stage="aligned_mtl" if fine_tuned and fine_tuned[i].kept else "mtgd",
                     non_dominated=bool(best),
-                    model=model_file(i),
+                    model=None if i in lost else model_file(i),
+                    reseeds=self.course.reseeds[i],
+                    lost=lost[i].why if i in lost else None,
                 )
                 for i, best in enumerate(non_dominated(F))
             ],
@@ -441,10 +474,13 @@ class Coordinator:
 
     def _took(self, step: int, start: float, steps: Sequence[Steps], first: int, resumed: int) -> None:
         losses = np.concatenate([taken.losses for taken in steps], axis=1)
+        for departed in (departed for taken in steps for departed in taken.departures):
+            self.folder.append_event("left", **asdict(departed))
+        finite = losses[np.isfinite(losses)]
         self.now = replace(
             self.now,
             step=step,
-            losses=(float(losses.min()), float(losses.max())),
+            losses=(float(finite.min()), float(finite.max())) if len(finite) else None,
             steps_per_second=(step - resumed) / (time.monotonic() - start),
         )
         if self.sink:

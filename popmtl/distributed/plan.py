@@ -205,6 +205,7 @@ def train_in_process(plan: RunPlan) -> Population:
         evaluate_every=plan.config.train.evaluate_every,
         ideal_point=plan.ideal_point,
         reference_point=plan.reference_point,
+        max_reseeds=plan.config.recovery.max_reseeds,
     )
 
 

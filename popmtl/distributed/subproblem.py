@@ -24,7 +24,7 @@ from popmtl.distributed.mixing.shared_memory import SharedMemory
 from popmtl.distributed.plan import RunPlan
 from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
-from popmtl.method.mtgd import Block, Chunk
+from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
 from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
 from popmtl.method.stacked import Execution
@@ -34,10 +34,11 @@ from popmtl.runs.checkpoint import WrittenFile, read_tensors, subproblem_file, w
 
 @dataclass(frozen=True)
 class Steps:
-    """What an actor reports of the steps it took: training losses (n, k, m), and the seconds that they took."""
+    """What an actor reports of the steps it took: training losses (n, k, m), seconds, and rows that left in them."""
 
     losses: NDArray[np.float64]
     seconds: float
+    departures: Sequence[Departure]
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class SubproblemActor:
         """Takes the steps of a chunk."""
         start = time.perf_counter()
         losses = self.block.run(chunk, self.mixing)
-        return Steps(losses, time.perf_counter() - start)
+        return Steps(losses, time.perf_counter() - start, self.block.take_departures())
 
     def evaluate(self, split: Split) -> list[Evaluation]:
         """The rows' objective values and metrics."""
@@ -178,7 +179,7 @@ class SubproblemActor:
         assert self.fine_tuning is not None  # it was started
         start = time.perf_counter()
         losses = self.fine_tuning.run(first, steps)
-        return Steps(losses, time.perf_counter() - start)
+        return Steps(losses, time.perf_counter() - start, self.block.take_departures())
 
     def finish_fine_tuning(self) -> list[FineTuned]:
         """Leaves the stage, each model as it is better."""
@@ -188,3 +189,7 @@ class SubproblemActor:
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """The state of the model of row i of this actor's rows."""
         return self.block.state(i)
+
+    def reseed(self, i: int, state: dict[str, NDArray[Any]]) -> None:
+        """Starts row i of this actor's rows again."""
+        self.block.reseed(i, state)

@@ -7,14 +7,15 @@ so that they take the same decisions at the same steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from popmtl.method.front import hypervolume, non_dominated
-from popmtl.method.mtgd import Chunk
+from popmtl.method.mtgd import Chunk, Departure
+from popmtl.method.reseeding import MAX_RESEEDS, Reseeding, reseeding
 
 Matrix = NDArray[np.float64]
 
@@ -40,17 +41,24 @@ class Course:
         reference_point: shape (m,), fixed for the run: given, or a tenth of its size (at least 0.1) beyond the
             objective values that were observed first.
         history: every observation.
+        out: the rows that are out of the population, and how they left.
+        reseeds: how often each row was re-seeded.
     """
 
     def __init__(
         self,
+        W: Matrix,
         M: Matrix,
         factors: NDArray[np.float64],
         evaluate_every: int,
         ideal_point: Sequence[float] | None = None,
         reference_point: Sequence[float] | None = None,
+        max_reseeds: int = MAX_RESEEDS,
     ) -> None:
-        self.M, self.factors, self.evaluate_every = M, factors, evaluate_every
+        self.W, self.M, self.factors, self.evaluate_every = W, M, factors, evaluate_every
+        self.max_reseeds = max_reseeds
+        self.out: dict[int, Departure] = {}
+        self.reseeds = [0] * len(W)
         self.step = 0
         self.history: list[Observation] = []
         self.tracks_ideal = ideal_point is None
@@ -77,6 +85,29 @@ class Course:
         self.history.append(self.measure(F, self.step))
         return self.history[-1]
 
+    def leave(self, departures: Sequence[Departure]) -> None:
+        """Notes rows that left the population.
+
+        Raises:
+            FloatingPointError: none is left, saying why the first one left.
+        """
+        self.out |= {departed.subproblem: departed for departed in departures}
+        if len(self.out) == len(self.W):
+            first = min(self.out.values(), key=lambda departed: departed.step)
+            raise FloatingPointError(first.why + (", and no other is left" if len(self.W) > 1 else ""))
+
+    def reseedings(self) -> list[Reseeding]:
+        """The rows that are to be re-seeded now, where the population is evaluated; they count as in from here on.
+
+        All start from rows that are in. Rows that were re-seeded `max_reseeds` times are lost: they stay out.
+        """
+        present = np.array([i not in self.out for i in range(len(self.W))])
+        again = [i for i in sorted(self.out) if self.reseeds[i] < self.max_reseeds]
+        for i in again:
+            del self.out[i]
+            self.reseeds[i] += 1
+        return [reseeding(self.M, self.W, i, present) for i in again]
+
     def measure(self, F: Matrix, step: int) -> Observation:
         """The objective values F, shape (N, m), of a step, measured from the run's reference point."""
         if self.reference_point is None:
@@ -90,6 +121,8 @@ class Course:
             "ideal": None if self.ideal is None else self.ideal.tolist(),
             "reference_point": None if self.reference_point is None else self.reference_point.tolist(),
             "history": [{"step": seen.step, "F": seen.F.tolist()} for seen in self.history],
+            "out": [asdict(departed) for departed in self.out.values()],
+            "reseeds": list(self.reseeds),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -100,6 +133,8 @@ class Course:
             self.reference_point = np.asarray(state["reference_point"], dtype=np.float64)
         seen = [(record["step"], np.asarray(record["F"], dtype=np.float64)) for record in state["history"]]
         self.history = [self.measure(F, step) for step, F in seen]
+        self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
+        self.reseeds = list(state["reseeds"])
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
         """The steps up to the next evaluation, or `longest` of them; None when the run's steps are done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -68,7 +69,10 @@ class FineTuned:
 
 
 class FineTuning:
-    """The stage for the rows of a block: create it, `run` the steps in as many pieces as you like, `finish`."""
+    """The stage for the rows of a block: create it, `run` the steps in as many pieces as you like, `finish`.
+
+    A row whose losses or gradients are not finite takes no further step, and goes back to the model from before.
+    """
 
     def __init__(
         self,
@@ -90,6 +94,7 @@ class FineTuning:
         optimizer, lr_schedule = block.new_optimizer(recipe.optimizer, recipe.lr_schedule)
         self.bucket = Bucket(0, block.layout.size, 0, optimizer, lr_schedule)
         self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
+        self.lost = list(block.out)  # before the stage
         if resumed is None:
             self.before = block.evaluate("validation")
             self.saved = [{k: v.clone() for k, v in model.state_dict().items()} for model in block.models]
@@ -107,8 +112,7 @@ class FineTuning:
     def run(self, first: int, steps: int) -> NDArray[np.float64]:
         """Takes steps first … first+steps−1 of the stage; returns their training losses, shape (steps, k, m).
 
-        Raises:
-            FloatingPointError: a loss or a task's gradient that is not finite, naming the task.
+        They are NaN of rows that are out.
         """
         losses = [self.step(t) for t in range(first, first + steps)]
         if not losses:
@@ -117,31 +121,39 @@ class FineTuning:
 
     def step(self, t: int) -> Tensor:
         """One aligned step of every row; returns the losses, shape (k, m)."""
-        block, losses = self.block, []
+        block = self.block
+        losses = torch.full_like(block.weights, math.nan)
         block.gradients.zero_()
+        differentiate = self.align_ub if self.recipe.variant == "ub" else self.align_exact
         for i in range(len(block.models)):
             batch = block.draw(i, t)
-            f, aligned = self.align_ub(i, batch, t) if self.recipe.variant == "ub" else self.align_exact(i, batch, t)
-            self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
-            losses.append(f)
-        stacked = torch.stack(losses)
-        block.check_finite(stacked, t)
+            if block.out[i]:
+                continue
+            try:
+                losses[i], aligned = differentiate(i, batch, t)
+            except FloatingPointError as error:
+                block.leave(i, t, str(error))
+            else:
+                self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
+        block.take_out(losses, t)
         self.bucket.step()
         block.project()
-        return stacked
+        return losses
 
     def snapshot(self) -> list[RowState]:
         """All that the stage needs to go on from here; with the model from before it, to which a row may go back."""
         states = take(self.block, [self.bucket])
-        for state, saved, before, stability in zip(states, self.saved, self.before, self.stability, strict=True):
+        parts = zip(states, self.saved, self.before, self.stability, self.lost, strict=True)
+        for state, saved, before, stability, lost in parts:
             state.tensors.update({f"before/{name}": copied(value) for name, value in saved.items()})
             evaluated = {"objectives": before.objectives.tolist(), "metrics": before.metrics}
-            state.numbers.update({"before": evaluated, "stability": list(stability)})
+            state.numbers.update({"before": evaluated, "stability": list(stability), "lost": lost})
         return states
 
     def _recall(self, states: Sequence[RowState]) -> None:
         device = self.block.rows.device
         self.before, self.saved, self.stability = [], [], []
+        self.lost = [state.numbers["lost"] for state in states]
         for state in states:
             evaluated = state.numbers["before"]
             objectives = torch.tensor(evaluated["objectives"], dtype=torch.float64)
@@ -154,7 +166,7 @@ class FineTuning:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
         block = self.block
         f = block.losses(block.models[i], batch)
-        block.check_losses(i, f.detach(), t)
+        self.check_losses(i, f, t)
         G = task_gradients(f, block.models[i], block)
         aligned = self.align(G[:, self.shared], i, t)
         block.gradients[i] = G.sum(0)
@@ -168,7 +180,7 @@ class FineTuning:
             representation = problem.representation(model, batch)
             cut = representation.detach().requires_grad_()
             f = problem.losses_at(model, cut, batch)
-        block.check_losses(i, f.detach(), t)
+        self.check_losses(i, f, t)
         Z: list[Tensor] = []
         for loss in f:
             cut.grad = None
@@ -179,6 +191,11 @@ class FineTuning:
         aligned = self.align(torch.stack(Z), i, t)
         representation.backward(aligned.update.view_as(representation).to(representation.dtype))
         return f.detach(), aligned
+
+    def check_losses(self, i: int, f: Tensor, t: int) -> None:
+        """Refuses losses of row i, (m,), that are not finite."""
+        if why := self.block.wrong_loss(i, f.detach(), t):
+            raise FloatingPointError(why)
 
     def align(self, gradients: Tensor, i: int, t: int) -> Aligned:
         """The aligned update of row i's task gradients, shape (m, …)."""
@@ -198,6 +215,7 @@ class FineTuning:
             kept = values[1] <= values[0]
             if not kept:
                 model.load_state_dict(self.saved[i])  # copies into the views, so the row goes back with it
+            block.out[i] = self.lost[i]
             medians = np.median(self.stability[i], axis=0).tolist() if self.stability[i] else (None, None, None)
             results.append(FineTuned(values[0], values[1], kept, after if kept else before, *medians))
         return results

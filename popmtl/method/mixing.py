@@ -2,6 +2,9 @@
 
 A transport multiplies by A_t = M_t − I rather than by M_t: what comes back is the displacement of a row, (M_t − I) X_t,
 which is small where rows are close. So a transport may round what it sends, and equal rows still stay where they are.
+
+A row that is NaN throughout is out of the population (see `Block`). Its first entry tells every receiver so, and no
+message more than those of the product itself: it gives nothing, and what others took from it they keep of their own.
 """
 
 from __future__ import annotations
@@ -40,4 +43,25 @@ class LocalProduct:
         """A @ block, in memory that is kept: new pages cost as much as the product itself."""
         if self.result.shape != block.shape or self.result.dtype != block.dtype:
             self.result = torch.empty(block.shape, dtype=block.dtype, device=block.device)
-        return torch.mm(A, block, out=self.result)
+        return mixture(A, block, self.result)
+
+
+def mixture(A: Tensor, X: Tensor, out: Tensor) -> Tensor:
+    """A X in `out`, but for rows of X that are out: they stay, and the others' rows do without them.
+
+    Args:
+        A: a part of M_t − I, (k, n): its entry (r, r) is the diagonal one of row r.
+        X: (n, C), the k rows to move first; those that are out begin with NaN.
+        out: (k, C).
+    """
+    gone = X[:, :1].isnan().any(1)
+    if X.is_cuda or gone.any():  # on a GPU, looking would wait for the device
+        A, X = without(A, gone), X.masked_fill(gone[:, None], 0)
+    return torch.mm(A, X, out=out)
+
+
+def without(A: Tensor, gone: Tensor) -> Tensor:
+    """A part of M_t − I, (k, n), without the rows that are `gone`, (n,): what was taken from them each keeps."""
+    kept = A.masked_fill(gone, 0)
+    kept.diagonal().add_((A - kept).sum(1))
+    return kept.masked_fill(gone[: len(A), None], 0)

@@ -95,8 +95,20 @@ class Chunk:
         return len(self.factors)
 
 
+@dataclass(frozen=True)
+class Departure:
+    """A subproblem whose numbers are no longer finite: it leaves the population, as of a step, for a reason."""
+
+    subproblem: int
+    step: int
+    why: str
+
+
 class Block:
     """k rows of the population: their models, data streams, and one optimizer over all of them.
+
+    A row whose loss, gradient or parameters are not finite leaves the population before it is mixed again: it is out,
+    NaN throughout, which the transports know, and takes no steps until it is re-seeded.
 
     Attributes:
         rows: the k×D block of X, contiguous; the models' parameters are views of it.
@@ -106,6 +118,8 @@ class Block:
         weights: the k weight vectors, shape (k, m).
         layout: of a row.
         buckets: the columns that step together; more than one only where adapt_then_combine overlaps.
+        out: for each row, whether it is out of the population.
+        departures: of rows, since they were last taken from this list.
     """
 
     def __init__(
@@ -147,6 +161,8 @@ class Block:
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
         self.streams = [problem.batches(seed) for seed in self.seeds]
         self.mix_locally = deferred(LocalProduct())
+        self.out = [False] * len(self.subproblems)
+        self.departures: list[Departure] = []
         bounds = bucket_bounds(self.layout, self.rows.itemsize, bucket_bytes)
         if bucket_bytes == math.inf:
             bounds = [(0, self.layout.size)]
@@ -195,14 +211,14 @@ class Block:
         return made, lr_schedule(made) if lr_schedule else None
 
     def run(self, chunk: Chunk, mix: Mixing | None = None) -> NDArray[np.float64]:
-        """Takes the steps of a chunk and returns their training losses, shape (n, k, m).
+        """Takes the steps of a chunk, and gives their training losses, shape (n, k, m).
 
         Args:
             chunk: the steps.
             mix: the transport; None for a block that holds every row.
 
-        Raises:
-            FloatingPointError: a loss or a gradient that is not finite, naming subproblem, objective and step.
+        Returns:
+            The losses; NaN of rows that are out.
         """
         z = torch.as_tensor(chunk.ideal).to(self.rows)
         off_identity = chunk.M - np.eye(len(chunk.M))
@@ -218,12 +234,18 @@ class Block:
         step = self.step_consensus if self.recipe.order == "consensus" else self.step_then_combine
         losses = step(t, z, A_t, mix)
         self.project()
+        for departed in self.departures:  # not before all exchanges are over: others may read the row in place
+            if departed.step == t:
+                self.rows[self.subproblems.index(departed.subproblem)] = math.nan
         return losses
 
     def step_consensus(self, t: int, z: Tensor, A_t: Tensor | None, mix: Mixing) -> Tensor:
         """X ← X − α U(X) + (M_t − I) X: the exchange needs only X, and goes on while the gradients are taken."""
         X = self.rows[:, : self.layout.transferring]
-        exchange = mix(X, A_t) if A_t is not None else None
+        exchange = None
+        if A_t is not None:
+            self.blank(t, X)
+            exchange = mix(X, A_t)
 
         def advance(bucket: Bucket) -> None:
             displacement = exchange() if exchange else None
@@ -242,6 +264,7 @@ class Block:
             if A_t is not None and bucket.mixed:
                 parts = self.moving(bucket)
                 X = self.rows[:, bucket.first : bucket.first + bucket.mixed]
+                self.blank(t, X, parts[1:])
                 block = torch.cat([torch.stack(part) for part in parts], dim=1) if len(parts) > 1 else X
                 exchanges.append((parts, mix(block, A_t)))
 
@@ -266,29 +289,29 @@ class Block:
     def differentiate(self, t: int, z: Tensor, advance: Callable[[Bucket], None]) -> Tensor:
         """Takes the gradients of the scalarized losses at the rows as they stand; returns the losses, (k, m).
 
-        Hands every bucket to `advance` once its gradients are complete, and known to be finite.
+        Hands every bucket to `advance` once its gradients are complete, and rows with others than finite ones are out.
         """
         self.gradients.zero_()
         losses: list[Tensor] = []
 
         def complete(bucket: Bucket) -> None:
-            self.check_finite(torch.cat(losses), t, slice(bucket.first, bucket.end))
+            self.take_out(torch.cat(losses), t, slice(bucket.first, bucket.end))
             advance(bucket)
 
         for f, w, last in self.forward_passes(t):
-            losses.append(f.detach().view(-1, f.shape[-1]))
-            scalar = self.recipe.scalarization(f, w, z).sum()
-            if self.arrivals and last:
-                with self.arrivals.watch(complete):
-                    scalar.backward()
-            else:
-                scalar.backward()
+            losses.append(torch.full_like(w, math.nan)[None] if f is None else f.detach().view(-1, f.shape[-1]))
+            with self.arrivals.watch(complete) if self.arrivals and last else nullcontext():
+                if f is not None:
+                    self.recipe.scalarization(f, w, z).sum().backward()
         if not self.arrivals:
             complete(self.buckets[0])
         return torch.cat(losses)
 
-    def forward_passes(self, t: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        """The losses of step t and their weight vectors, (k, m) at once or (m,) a row; whether they are the last."""
+    def forward_passes(self, t: int) -> Iterator[tuple[Tensor | None, Tensor, bool]]:
+        """The losses of step t and their weight vectors, (k, m) at once or (m,) a row; whether they are the last.
+
+        One by one, a row that is out has None.
+        """
         batches: Sequence[Any] | None = None
         if self.stacked:
             batches = [self.draw(i, t) for i in range(len(self.models))]
@@ -302,7 +325,8 @@ class Block:
                 return
         for i, model in enumerate(self.models):
             batch = batches[i] if batches else self.draw(i, t)
-            yield self.losses(model, batch), self.weights[i], i + 1 == len(self.models)
+            f = None if self.out[i] else self.losses(model, batch)
+            yield f, self.weights[i], i + 1 == len(self.models)
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """The m losses of a batch, in the precision of the recipe."""
@@ -328,20 +352,57 @@ class Block:
             ) from None
         return to_model(batch, self.rows)
 
-    def check_finite(self, losses: Tensor, t: int, columns: slice = slice(None)) -> None:
-        """Refuses losses (k, m) or gradients that are not finite, before they reach an optimizer or another row."""
+    def take_out(self, losses: Tensor, t: int, columns: slice = slice(None)) -> None:
+        """Takes rows out whose losses, (k, m), or gradients are not finite, before these reach another row."""
         gradients = self.gradients[:, columns]
-        if not (losses.sum() + gradients.sum()).isfinite():  # one look: each waits for the device
-            for i, subproblem in enumerate(self.subproblems):
-                self.check_losses(i, losses[i], t)
-                if not gradients[i].isfinite().all():
-                    raise FloatingPointError(f"the gradient of subproblem {subproblem} is not finite at step {t}")
+        for i, finite in enumerate((losses.sum(1) + gradients.sum(1)).isfinite().tolist()):  # waits for the device
+            if not finite and not self.out[i] and (why := self.what_is_wrong(i, losses[i], gradients[i], t)):
+                self.leave(i, t, why)
 
-    def check_losses(self, i: int, f: Tensor, t: int) -> None:
-        """Refuses losses of row i, (m,), that are not finite: each could make the gradients of all the others so."""
+    def what_is_wrong(self, i: int, f: Tensor, gradient: Tensor, t: int) -> str | None:
+        """What of row i's losses, (m,), or its gradient is not finite; None if only their sum is not."""
+        if why := self.wrong_loss(i, f, t):
+            return why
+        finite = gradient.isfinite().all()
+        return None if finite else f"the gradient of subproblem {self.subproblems[i]} is not finite at step {t}"
+
+    def wrong_loss(self, i: int, f: Tensor, t: int) -> str | None:
+        """Which of row i's losses, (m,), is not finite."""
         for name, value in zip(self.problem.objectives, f.tolist(), strict=True):
-            if not np.isfinite(value):
-                raise FloatingPointError(f"objective {name} of subproblem {self.subproblems[i]} is {value} at step {t}")
+            if not math.isfinite(value):
+                return f"objective {name} of subproblem {self.subproblems[i]} is {value} at step {t}"
+        return None
+
+    def blank(self, t: int, X: Tensor, moments: Sequence[Sequence[Tensor]] = ()) -> None:
+        """Before columns of the k rows, and moments of them, are mixed: NaN where a row is out, or now leaves.
+
+        A row leaves if it is not finite. What others receive is then either finite, or NaN from its first entry on.
+        """
+        sums = sum((torch.stack([piece.sum() for piece in part]) for part in moments), X.sum(1))
+        for i, finite in enumerate(sums.isfinite().tolist()):
+            parts = [X[i], *(part[i] for part in moments)]
+            if not finite and not self.out[i] and not all(part.isfinite().all() for part in parts):
+                self.leave(i, t, f"the parameters of subproblem {self.subproblems[i]} are not finite at step {t}")
+            if self.out[i]:
+                for part in parts:
+                    part.fill_(math.nan)
+
+    def leave(self, i: int, t: int, why: str) -> None:
+        """Takes row i out."""
+        self.out[i] = True
+        self.departures.append(Departure(self.subproblems[i], t, why))
+
+    def take_departures(self) -> list[Departure]:
+        """The rows that left since the last call."""
+        departures, self.departures = self.departures, []
+        return departures
+
+    def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
+        """Row i is in again: parameters and buffers as given, by name, its optimizer without memory."""
+        self.models[i].load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+        for bucket in self.buckets:
+            bucket.optimizer.state.pop(bucket.optimizer.param_groups[0]["params"][i], None)
+        self.out[i] = False
 
     def project(self) -> None:
         """Back into the problem's bounds, where it has some."""
@@ -350,8 +411,15 @@ class Block:
             torch.clamp(self.rows, lower, upper, out=self.rows)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
-        """The rows' objective values and metrics on a held-out split."""
-        return [self.problem.evaluate(model, split) for model in self.models]
+        """The rows' objective values and metrics on a held-out split; all NaN of a row that is out."""
+        nothing = Evaluation(
+            torch.full((len(self.problem.objectives),), math.nan, dtype=torch.float64),
+            dict.fromkeys(self.problem.metrics, math.nan),
+        )
+        return [
+            nothing if out else self.problem.evaluate(model, split)
+            for model, out in zip(self.models, self.out, strict=True)
+        ]
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """Row i's model, parameters and buffers by name, as arrays of its own."""

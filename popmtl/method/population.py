@@ -12,6 +12,7 @@ from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuned, FineTuning
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.problem import Evaluation, Problem
+from popmtl.method.reseeding import MAX_RESEEDS, Combination
 
 Matrix = NDArray[np.float64]
 
@@ -45,6 +46,7 @@ def train_population(
     ideal_point: Sequence[float] | None = None,
     reference_point: Sequence[float] | None = None,
     device: str = "cpu",
+    max_reseeds: int = MAX_RESEEDS,
     observed: Callable[[Observation], None] | None = None,
 ) -> Population:
     """Trains one model for each weight vector by MTGD, then each alone by Aligned-MTL.
@@ -60,17 +62,20 @@ def train_population(
         ideal_point: of the scalarization; None takes the problem's own, and tracks it where it has none.
         reference_point: of the hypervolume; None takes the problem's own, or derives one (see `Course`).
         device: where the rows live.
+        max_reseeds: how often a row whose numbers are no longer finite starts again from its neighbours.
         observed: called at each evaluation.
 
     Raises:
-        FloatingPointError: a loss or gradient that is not finite.
+        FloatingPointError: the losses, gradients or parameters of every row are not finite.
     """
     course = Course(
+        W,
         np.eye(len(W)) if M is None else M,
         factors,
         evaluate_every,
         problem.ideal_point if ideal_point is None else ideal_point,
         problem.reference_point if reference_point is None else reference_point,
+        max_reseeds,
     )
     block = Block(problem, range(len(W)), W, recipe, device)
 
@@ -82,7 +87,13 @@ def train_population(
     observe()
     while chunk := course.next_chunk():
         block.run(chunk)
+        course.leave(block.take_departures())
         if course.advance(chunk):
+            for start in course.reseedings():
+                total = Combination()
+                for j, share in start.shares.items():
+                    total.add(share, block.state(j))
+                block.reseed(start.subproblem, total.model())
             observe()
     assert course.ideal is not None
     assert course.reference_point is not None

@@ -38,7 +38,7 @@ def take(block: Block, buckets: Sequence[Bucket]) -> list[RowState]:
         tensors = {"row": copied(block.rows[i])}
         tensors |= {f"buffers/{name}": copied(value) for name, value in model.named_buffers()}
         memory, numbers = _memory(buckets, i)
-        states.append(RowState(tensors | memory, {"optimizer": numbers}))
+        states.append(RowState(tensors | memory, {"optimizer": numbers, "out": block.out[i]}))
     return states
 
 
@@ -58,6 +58,7 @@ def put(block: Block, buckets: Sequence[Bucket], states: Sequence[RowState]) -> 
         block.rows[i] = state.tensors["row"].to(block.rows)
         for name, buffer in buffers.items():
             buffer.copy_(state.tensors[f"buffers/{name}"])
+        block.out[i] = state.numbers["out"]
         _remember(buckets, i, state)
 
 

@@ -24,7 +24,9 @@ class Member:
         metrics: further figures by name.
         stage: the stage that the model was kept from.
         non_dominated: whether no other member dominates it.
-        model: its weights' file, relative to the folder of front.json.
+        model: its weights' file, relative to the folder of front.json; None if it was lost.
+        reseeds: how often it started again from its neighbours.
+        lost: why it left the population for good; None of a member that was trained to the end.
     """
 
     subproblem: int
@@ -33,7 +35,9 @@ class Member:
     metrics: Mapping[str, float]
     stage: Stage
     non_dominated: bool
-    model: str
+    model: str | None
+    reseeds: int = 0
+    lost: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Front:
                     stage=member["stage"],
                     non_dominated=member["non_dominated"],
                     model=member["model"],
+                    reseeds=member.get("reseeds", 0),
+                    lost=member.get("lost"),
                 )
                 for member in content["members"]
             ],

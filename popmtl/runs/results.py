@@ -114,6 +114,8 @@ def _table(front: Front) -> list[list[Any]]:
         "stage",
         "non_dominated",
         "model",
+        "reseeds",
+        "lost",
     ]
     rows: list[list[Any]] = [header]
     for member in front.members:
@@ -125,6 +127,8 @@ def _table(front: Front) -> list[list[Any]]:
                 member.stage,
                 member.non_dominated,
                 member.model,
+                member.reseeds,
+                member.lost,
             ]
         )
     return rows

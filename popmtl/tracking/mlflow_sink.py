@@ -192,7 +192,7 @@ class MlflowSink:
         """
         self._do("the front", lambda: self._log_front_files(front, folder))
         for member in front.members:
-            logged = models == "all" or (models == "front" and member.non_dominated)
+            logged = member.lost is None and (models == "all" or (models == "front" and member.non_dominated))
             build = build_model if logged else None
             self._do(
                 f"subproblem {member.subproblem}",
@@ -317,7 +317,7 @@ class MlflowSink:
         client.set_tag(run_id, "popmtl.nondominated", str(member.non_dominated).lower())
         client.set_tag(run_id, "popmtl.stage", member.stage)
         model_id = None
-        if build is not None:
+        if build is not None and member.model is not None:
             client.log_artifact(run_id, str(folder.pareto / member.model), "model")
             if example is not None:
                 model_id = self._log_model(run_id, member, step, build(member.subproblem), example)

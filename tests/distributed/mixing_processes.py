@@ -7,6 +7,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection, wait
 
+import numpy as np
 import torch
 
 
@@ -78,6 +79,19 @@ def serve(connection: Connection) -> None:
         except Exception:  # noqa: BLE001  # the test's own process shows it
             answer = None, f"rank {arguments[0]}: {traceback.format_exc()}"
         connection.send(answer)
+
+
+def product_without(A, X, gone):
+    """A X without the rows of X that are gone, entry by entry: they do not move, and nobody moves towards them."""
+    N = len(A)
+    result = np.zeros(X.shape)
+    for i in range(N):
+        for j in range(N):
+            if not gone[i] and not gone[j]:
+                result[i] += A[i, j] * X[j]
+            elif not gone[i]:
+                result[i] += A[i, j] * X[i]
+    return result
 
 
 def module_of(name: str, file: str):

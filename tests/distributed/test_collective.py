@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from distributed.mixing_processes import Processes
+from distributed.mixing_processes import Processes, product_without
 
 from popmtl.distributed.mixing import collective
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Collective, Group, find_routes, meeting_point
@@ -177,6 +177,33 @@ def test_bfloat16_on_the_wire(processes, address):
     for by_rank in zip(*processes.run(rounds_on_the_wire, 3, address), strict=True):
         sent, predicted = zip(*by_rank, strict=True)
         assert sum(sent) == predicted[0]
+
+
+def mixes_without(rank, ranks, address, wire):
+    """The largest error, relative to what the wire rounds, of products in which some rows are out."""
+    group = join(rank, ranks, address)
+    rng = np.random.default_rng(0)
+    worst = 0.0
+    try:
+        for sizes in layouts(ranks):
+            N, own = sum(sizes), slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            for pattern in patterns(N, rng).values():
+                A, X, gone = pattern * rng.normal(size=(N, N)), rng.normal(size=(N, 40)), rng.random(N) < 0.4
+                product = Collective(group, find_routes(pattern, sizes), 40, torch.float32, wire, buffer_bytes=256)
+                held = torch.tensor(np.where(gone[:, None], np.nan, X), dtype=torch.float32)[own]
+                mixed = product(held, torch.tensor(A, dtype=torch.float32)).double().numpy()
+                assert not mixed[gone[own]].any(), "a row that is out stays"
+                error = abs(mixed - product_without(A, X, gone)[own])
+                bound = (abs(A) @ abs(X))[own] + abs(A).sum(1)[own, None] * abs(X[own]) + 1e-30
+                worst = max(worst, float((error / bound).max()))
+    finally:
+        group.close()
+    return worst
+
+
+@pytest.mark.parametrize(("wire", "precision"), [(None, 1e-6), (torch.bfloat16, 2.01 * 2.0**-8)])
+def test_rows_that_are_out_give_nothing_and_take_nothing(processes, address, wire, precision):
+    assert max(processes.run(mixes_without, 3, 3, address, wire)) < precision
 
 
 def fails(rank, ranks, address, victim, action, timeout):

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from distributed.mixing_processes import product_without
 
 from popmtl.distributed.mixing.coordinator import Exchange, from_wire, to_wire
 
@@ -32,6 +33,14 @@ def test_every_rank_gets_its_rows_of_the_product(sizes, columns):
         np.testing.assert_allclose(np.concatenate(mixed), A @ X, rtol=1e-13, atol=1e-14)
     assert not exchange.rounds, "a finished round must not keep its rows"
     assert not exchange.products
+
+
+@pytest.mark.parametrize("gone", [{1}, {0, 4}])
+def test_rows_that_are_out_give_nothing_and_take_nothing(gone):
+    rng = np.random.default_rng(0)
+    A, X, gone = rng.dirichlet(np.ones(5), size=5) - np.eye(5), rng.normal(size=(5, 7)), np.isin(range(5), list(gone))
+    mixed = exchange_all(Exchange(2), 0, np.split(np.where(gone[:, None], np.nan, X), [2]), A)
+    np.testing.assert_allclose(np.concatenate(mixed), product_without(A, X, gone), rtol=1e-13, atol=1e-14)
 
 
 def test_bfloat16_on_the_wire_is_half_the_bytes_and_within_its_precision():

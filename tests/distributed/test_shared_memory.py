@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed.mixing_processes import Processes
+from distributed.mixing_processes import Processes, product_without
 
 from popmtl.distributed.mixing import shared_memory
 from popmtl.distributed.mixing.shared_memory import SharedMemory, free_bytes, meeting_point, shared_bytes
@@ -92,6 +92,20 @@ def test_products_of_other_blocks_hold_until_the_next_step(processes):
     for step in range(3):
         product = np.concatenate([found[rank][step] for rank in range(3)])
         np.testing.assert_allclose(product, A @ X, rtol=0, atol=1e-12)
+
+
+def mix_without(rank, meeting, sizes, A, X, gone):
+    shared = SharedMemory(rank, sizes, X.shape[1], X.shape[1], torch.float64, 10.0, meeting)
+    shared.rows.copy_(torch.from_numpy(np.where(gone[:, None], np.nan, X)[shared.own]))
+    return shared(shared.rows, torch.from_numpy(A)).clone().numpy()
+
+
+@pytest.mark.parametrize("gone", [{1}, {0, 5}, {2, 3, 4}])
+def test_rows_that_are_out_give_nothing_and_take_nothing(processes, gone):
+    sizes, rng = (2, 1, 3), np.random.default_rng(0)
+    A, X, gone = matrix(6, "dense", rng), rng.normal(size=(6, 31)), np.array([i in gone for i in range(6)])
+    found = np.concatenate(processes.run(mix_without, 3, meeting_point(), sizes, A, X, gone))
+    np.testing.assert_allclose(found, product_without(A, X, gone), rtol=0, atol=1e-12)
 
 
 def miss_one(rank, meeting, behaviour, timeout):

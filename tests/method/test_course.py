@@ -5,6 +5,7 @@ import pytest
 
 from popmtl.method.course import Course
 
+W = np.array([[0.3, 0.7], [0.7, 0.3]])
 M = np.array([[0.7, 0.3], [0.3, 0.7]])
 F = np.array([[1.0, -3.0], [2.0, -5.0]])
 
@@ -31,14 +32,14 @@ def walk(course, longest=None):
     ],
 )
 def test_chunks_end_where_the_population_is_evaluated_and_at_the_end(steps, every, longest, expected):
-    course = Course(M, np.ones(steps), every)
+    course = Course(W, M, np.ones(steps), every)
     assert walk(course, longest) == expected
     assert course.step == steps
     assert course.next_chunk() is None
 
 
 def test_chunks_carry_their_own_factors_and_the_ideal_point_of_their_time():
-    course = Course(M, np.arange(5) / 10, 3)
+    course = Course(W, M, np.arange(5) / 10, 3)
     course.observe(F)
     first = course.next_chunk()
     course.advance(first)
@@ -50,14 +51,14 @@ def test_chunks_carry_their_own_factors_and_the_ideal_point_of_their_time():
 
 
 def test_a_tracked_ideal_point_keeps_the_least_of_all_observations():
-    course = Course(M, np.ones(5), 1)
+    course = Course(W, M, np.ones(5), 1)
     for offset in (0, -2, 3):
         course.observe(F + np.array([offset, -offset]))
     assert course.ideal.tolist() == [-1, -8]
 
 
 def test_a_given_ideal_point_stays():
-    course = Course(M, np.ones(5), 1, ideal_point=[0.5, 0])
+    course = Course(W, M, np.ones(5), 1, ideal_point=[0.5, 0])
     assert course.next_chunk().ideal.tolist() == [0.5, 0]  # before any observation, too
     course.observe(F - 100)
     assert course.ideal.tolist() == [0.5, 0]
@@ -65,11 +66,11 @@ def test_a_given_ideal_point_stays():
 
 def test_without_an_ideal_point_the_first_step_needs_an_observation():
     with pytest.raises(ValueError, match="observed once before its first step"):
-        Course(M, np.ones(5), 1).next_chunk()
+        Course(W, M, np.ones(5), 1).next_chunk()
 
 
 def test_the_reference_point_lies_a_tenth_beyond_the_first_observation_and_stays():
-    course = Course(M, np.ones(5), 1)
+    course = Course(W, M, np.ones(5), 1)
     course.observe(np.array([[40.0, -0.2, -30.0], [10.0, -0.5, -20.0]]))
     # A tenth of 40, of 1 at least, and of |−20|.
     assert course.reference_point.tolist() == pytest.approx([44, -0.1, -18])
@@ -78,7 +79,7 @@ def test_the_reference_point_lies_a_tenth_beyond_the_first_observation_and_stays
 
 
 def test_observations_are_recorded_with_hypervolume_and_front():
-    course = Course(M, np.ones(4), 2, reference_point=[3, 0])
+    course = Course(W, M, np.ones(4), 2, reference_point=[3, 0])
     first = course.observe(F)
     # Boxes to (3, 0): 2 × 3 and 1 × 5, sharing 1 × 3.
     assert (first.step, first.hypervolume, first.front_size) == (0, pytest.approx(8), 2)

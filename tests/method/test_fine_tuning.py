@@ -255,14 +255,19 @@ class InfiniteGradient(TwoTargets):
     ],
     ids=["loss", "gradient"],
 )
-def test_what_is_not_finite_is_named_before_a_row_changes(variant, problem, message):
+def test_a_row_that_is_not_finite_is_named_and_goes_back_to_the_model_from_before(variant, problem, message):
     problem.shared = lambda model: {"trunk.0.weight"}
     block = block_of(problem, [2, 0])
     rows = block.rows.clone()
     stage = FineTuning(block, AlignedRecipe(3, adam(0.1), variant=variant), IDEAL)
-    with pytest.raises(FloatingPointError, match=message):
-        stage.run(20, 3)
+    losses = stage.run(20, 3)
+    departures = block.take_departures()
+    assert [(d.subproblem, d.step) for d in departures] == [(2, 20), (0, 20)]
+    assert departures[0].why.startswith(message)
+    assert np.isnan(losses).all()
+    assert not any(result.kept for result in stage.finish())
     assert torch.equal(block.rows, rows)
+    assert block.out == [False, False]
 
 
 # --- which parameters are shared ---

@@ -513,45 +513,6 @@ def test_state_is_a_copy():
 # --- what is refused ---
 
 
-class Breaking(Regression):
-    """Breaks in subproblem 2 at its fourth step, as told."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how, self.bad = how, subproblem_seed(0, 2)
-
-    def batches(self, seed):
-        for t, (x, y) in enumerate(super().batches(seed)):
-            yield x, y, seed == self.bad and t == 3
-
-    def losses(self, model, batch):
-        x, y, broken = batch
-        f = super().losses(model, (x, y))
-        if broken and self.how == "gradient":
-            return f + (model[0].weight.sum() * 0).sqrt() * 0  # 0 itself, with a slope of 0 × ∞
-        if broken:
-            return f * torch.tensor([1, math.nan if self.how == "nan" else math.inf])
-        return f
-
-
-@pytest.mark.parametrize("order", ["consensus", "adapt_then_combine"])
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("nan", "objective right of subproblem 2 is nan at step 13"),
-        ("inf", "objective right of subproblem 2 is inf at step 13"),
-        ("gradient", "the gradient of subproblem 2 is not finite at step 13"),
-    ],
-)
-def test_what_is_not_finite_is_named_before_a_row_changes(how, message, order):
-    block = Block(Breaking(how), [1, 2], weights(3), Recipe(OPTIMIZERS["adam"], scalarization=SUM, order=order))
-    block.run(chunk(np.ones(3), np.eye(3), first=10))
-    before = block.rows.clone()
-    with pytest.raises(FloatingPointError, match=message):
-        block.run(chunk(np.ones(3), random_coefficients(3), first=13), lambda X, A: lambda: X.clone())
-    assert torch.equal(block.rows, before)
-
-
 class Empty(Regression):
     def model(self):
         return nn.Tanh()

@@ -70,6 +70,8 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
                 "stage": "mtgd",
                 "non_dominated": True,
                 "model": "models/0/model.safetensors",
+                "reseeds": 0,
+                "lost": None,
             },
             {
                 "subproblem": 1,
@@ -79,6 +81,8 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
                 "stage": "aligned_mtl",
                 "non_dominated": False,
                 "model": "models/1/model.safetensors",
+                "reseeds": 0,
+                "lost": None,
             },
         ],
     }
@@ -117,6 +121,8 @@ def test_csv(folder):
         "stage": "mtgd",
         "non_dominated": "True",
         "model": "models/0/model.safetensors",
+        "reseeds": "0",
+        "lost": "",
     }
     assert [row["b"] for row in rows] == ["nan", "2.0"]
 

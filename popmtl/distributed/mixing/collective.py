@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from popmtl.method.mixing import mixture
+
 T = TypeVar("T")
 
 BUFFER_BYTES = 8 * 2**20
@@ -306,7 +308,7 @@ class Collective:
         own = part
         if self.rounds:  # as all others see these rows: equal rows then cancel in M − I
             own = self._exactly(self.incoming[: part.numel()].view_as(part).copy_(part))
-        torch.mm(A[self.own, self.own], own, out=out)
+        mixture(A[self.own, self.own], own, out)
         if not any(map(len, self.routes.takes)):
             return
         if len(self.gives) == 1 and not self.rounds:
@@ -323,7 +325,12 @@ class Collective:
             [rows * columns for rows in self.take_counts],
             [rows * columns for rows in self.give_counts],
         )
-        out.addmm_(A[self.own].index_select(1, self.takes), self._exactly(incoming).view(-1, columns))
+        theirs, weights = self._exactly(incoming).view(-1, columns), A[self.own].index_select(1, self.takes)
+        if part.is_cuda or part[:, :1].isnan().any() or theirs[:, :1].isnan().any():
+            own = part.to(incoming.dtype).to(part.dtype)  # again: `theirs` has taken its place
+            mixture(torch.cat([A[self.own, self.own], weights], 1), torch.cat([own, theirs]), out)
+        else:
+            out.addmm_(weights, theirs)
 
     def _mix_slabs(self, part: Tensor, A: Tensor, out: Tensor) -> None:
         """Receives all rows of some columns and sends their mixtures back."""
@@ -339,7 +346,7 @@ class Collective:
         received = self.incoming[: self.N * width]
         self.group.exchange(self.transfers, received, sent, of_slab, of_rows)
         product = self.product[: received.numel()]
-        torch.mm(A, self._exactly(received).view(self.N, width), out=product.view(self.N, width))
+        mixture(A, self._exactly(received).view(self.N, width), product.view(self.N, width))
         if self.rounds:
             product = received.copy_(product)
         self.group.exchange(self.transfers, home, product, of_rows, of_slab)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from popmtl.method.mixing import mixture
+
 Rows = NDArray[Any]
 """Rows of X on their way, (k, C): floating-point numbers, or the bits of bfloat16 ones, which numpy does not have."""
 
@@ -75,7 +77,7 @@ class Exchange:
         if len(present) == self.ranks:
             coefficients = torch.from_numpy(np.array(A))
             X = torch.cat([from_wire(present[r], coefficients.dtype) for r in range(self.ranks)])
-            complete.set_result(coefficients @ X)
+            complete.set_result(mixture(coefficients, X, torch.empty_like(X)))
         try:
             product = await asyncio.wait_for(asyncio.shield(complete), timeout)
         except asyncio.TimeoutError:
