@@ -141,8 +141,8 @@ class MlflowSink:
             "changed": {key: value for key, value in params.items() if known.get(key, value) != value},
         }
         sink = cls(folder, journal, opening, steps)
-        sink._add("opening", opening)
-        sink._add("file", {"name": "config.yaml"})
+        sink._outbox.add("opening", opening)
+        sink._outbox.add("file", {"name": "config.yaml"})
         for key, value in opening["changed"].items():
             sink.log_event("changed setting", f"{key} from {known[key]} to {value}")
         sink._thread.start()
@@ -167,7 +167,7 @@ class MlflowSink:
         """
         losses = np.asarray(validation, dtype=np.float64)
         content = {"step": step, "hypervolume": hypervolume, "front_size": front_size, "losses": losses}
-        self._add("evaluation", content, f"evaluation {step}")
+        self._outbox.add("evaluation", content, f"evaluation {step}")
 
     def log_training_losses(self, steps: ArrayLike, losses: ArrayLike) -> None:
         """Logs the losses of consecutive training steps, averaged so that a run has some hundred points a curve.
@@ -182,14 +182,14 @@ class MlflowSink:
 
     def log_member_figures(self, step: int, figures: Mapping[str, Sequence[float | None]]) -> None:
         """Logs further figures of each member, by name, N values each; None is left out."""
-        self._add("members' figures", {"step": step, "figures": figures}, f"figures {step} {' '.join(figures)}")
+        self._outbox.add("members' figures", {"step": step, "figures": figures}, f"figures {step} {' '.join(figures)}")
 
     def log_event(self, kind: str, text: str) -> None:
         """Logs something that happened to the run as the parent's tag `popmtl.event.<n>`."""
         self._events.append(kind)
         recoveries = self._events.count("recovering")
         content = {"number": len(self._events), "what": kind, "text": text, "recoveries": recoveries}
-        self._add("event", content)
+        self._outbox.add("event", content)
 
     def log_front(self, front: Front, models: Models) -> None:
         """Logs the final Pareto set: its files, each member's figures, and the models.
@@ -202,11 +202,11 @@ class MlflowSink:
             front: the Pareto set, which has been written to the run's folder.
             models: which members' models to log: the non-dominated ones, all, or none.
         """
-        self._add("front", {"hypervolume": front.hypervolume, "step": front.steps}, "front")
+        self._outbox.add("front", {"hypervolume": front.hypervolume, "step": front.steps}, "front")
         for member in front.members:
             logged = models == "all" or (models == "front" and member.non_dominated)
             content = {**asdict(member), "step": front.steps, "with_model": logged}
-            self._add("subproblem", content, f"subproblem {member.subproblem}")
+            self._outbox.add("subproblem", content, f"subproblem {member.subproblem}")
 
     def close(self, status: Status, timeout: float | None = None) -> list[str]:
         """Sends what is left and ends the runs.
@@ -219,7 +219,7 @@ class MlflowSink:
             What went wrong since `open`, one message each; empty when all has been logged.
         """
         self._add_points(self._curves.rest())
-        self._add("closing", {"status": status})
+        self._outbox.add("closing", {"status": status})
         return self._finish(timeout)
 
     def _finish(self, timeout: float | None) -> list[str]:
@@ -242,13 +242,7 @@ class MlflowSink:
     def _add_points(self, points: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
         steps, losses = points
         if len(steps):
-            self._add("training losses", {"steps": steps, "losses": losses})
-
-    def _add(self, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
-        try:
-            self._outbox.add(kind, content, key)
-        except OSError as error:
-            self._remember("journal", str(error))
+            self._outbox.add("training losses", {"steps": steps, "losses": losses})
 
     def _remember(self, what: str, error: str) -> None:
         message = f"{what}: {error}"
@@ -340,7 +334,7 @@ def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
         raise RequestError(f"{folder.path}: this run has nothing for MLflow; its tracking was not enabled")
     sink = MlflowSink(folder, journal, openings[-1], CURVE_POINTS, refused=True)
     if journal[-1]["kind"] != "closing":
-        sink._add("closing", {"status": "KILLED"})
+        sink._outbox.add("closing", {"status": "KILLED"})
     sink._thread.start()
     messages = sink._finish(None)
     return sink.location, messages

@@ -65,13 +65,14 @@ class Outbox:
         """
         self._folder = folder
         self.sent = _read_cursor(folder, place)
-        # The last line may have been cut short by a crash; what is added must not continue it.
-        folder.write(JOURNAL, "".join(to_json(entry) + "\n" for entry in journal).encode())
+        # The disk may have lost the last lines in a crash, and kept the cursor.
+        self.sent.count = min(self.sent.count, len(journal))
+        if journal and not folder.read(JOURNAL).endswith(b"\n"):  # a line that a crash cut short must not be continued
+            folder.write(JOURNAL, "".join(to_json(entry) + "\n" for entry in journal).encode())
         again = set(self.sent.refused) if refused else set()
         self._waiting = deque((n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in again)
         self._total = len(journal)
         self._keys = {entry["key"] for entry in journal if "key" in entry}
-        self._unwritten: list[Entry] = []
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -79,11 +80,7 @@ class Outbox:
         return len(self._waiting)
 
     def add(self, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
-        """Adds an entry to the journal; one whose key is there already is left out.
-
-        Raises:
-            OSError: the journal cannot be written to. The entry is kept, and written before the next one.
-        """
+        """Adds an entry to the journal; one whose key is there already is left out."""
         with self._changed:
             if key in self._keys:
                 return
@@ -93,11 +90,8 @@ class Outbox:
             self._keys |= set(named.values())
             self._waiting.append((self._total, entry))
             self._total += 1
-            self._unwritten.append(entry)
+            self._folder.append(JOURNAL, entry)
             self._changed.notify()
-            while self._unwritten:
-                self._folder.append(JOURNAL, self._unwritten[0])
-                del self._unwritten[0]
 
     def next(self, timeout: float) -> Entry | None:
         """The entry to send now, waiting for one at most so many seconds; it stays until `done`."""
