@@ -73,13 +73,10 @@ class MlflowSink:
         uri: the tracking URI.
     """
 
-    def __init__(
-        self, folder: RunFolder, journal: Sequence[Entry], opening: Entry, steps: int, *, refused: bool = False
-    ) -> None:
+    def __init__(self, folder: RunFolder, journal: Sequence[Entry], opening: Entry, steps: int) -> None:
         self.uri: str = opening["uri"]
         self._folder, self._opening = folder, opening
-        place = [self.uri, opening["experiment"], opening["parent"]]
-        self._outbox = Outbox(folder, journal, place, refused=refused)
+        self._outbox = Outbox(folder, journal, [self.uri, opening["experiment"], opening["parent"]])
         logged = max((entry["steps"][-1] for entry in journal if entry["kind"] == "training losses"), default=0)
         self._curves = _Curves(max(1, math.ceil(steps / CURVE_POINTS)), logged)
         self._events = [entry["what"] for entry in journal if entry["kind"] == "event"]
@@ -282,15 +279,15 @@ class MlflowSink:
             if self._abandoned.is_set():
                 return False
             if failure.may_pass:
+                if not self._away:
+                    logger.warning("MLflow does not answer, the run goes on and keeps its records: %s", failure.reason)
+                self._away = True
                 failures = failures + 1 if sender.answers() else 0
             if not failure.may_pass or failures == TRIES:
                 self._remember(_description(entry), failure.reason)
                 if entry["kind"] == "opening":
                     return False  # Nothing can be logged without it; the journal keeps everything.
                 break
-            if not self._away:
-                logger.warning("MLflow does not answer, the run goes on and keeps its records: %s", failure.reason)
-            self._away = True
             self._save()
             if self._closing.is_set():
                 self._abandoned.wait(min(pause, CLOSING_PAUSE))
@@ -332,7 +329,7 @@ def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
     openings = [entry for entry in journal if entry["kind"] == "opening"]
     if not openings:
         raise RequestError(f"{folder.path}: this run has nothing for MLflow; its tracking was not enabled")
-    sink = MlflowSink(folder, journal, openings[-1], CURVE_POINTS, refused=True)
+    sink = MlflowSink(folder, journal, openings[-1], 0)
     if journal[-1]["kind"] != "closing":
         sink._outbox.add("closing", {"status": "KILLED"})
     sink._thread.start()

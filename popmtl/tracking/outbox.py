@@ -52,16 +52,13 @@ class Outbox:
         sent: what is in MLflow; the taking thread's own.
     """
 
-    def __init__(
-        self, folder: RunFolder, journal: Sequence[Entry], place: Sequence[str | None], *, refused: bool = False
-    ) -> None:
-        """Goes on with a journal.
+    def __init__(self, folder: RunFolder, journal: Sequence[Entry], place: Sequence[str | None]) -> None:
+        """Goes on with a journal; what MLflow refused is tried again.
 
         Args:
             folder: the run's.
             journal: its content, as `folder.lines(JOURNAL)` gives it.
             place: see `Sent`.
-            refused: whether to send again what was refused.
         """
         self._folder = folder
         self.sent = _read_cursor(folder, place)
@@ -69,8 +66,8 @@ class Outbox:
         self.sent.count = min(self.sent.count, len(journal))
         if journal and not folder.read(JOURNAL).endswith(b"\n"):  # a line that a crash cut short must not be continued
             folder.write(JOURNAL, "".join(to_json(entry) + "\n" for entry in journal).encode())
-        again = set(self.sent.refused) if refused else set()
-        self._waiting = deque((n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in again)
+        refused = set(self.sent.refused)
+        self._waiting = deque((n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in refused)
         self._total = len(journal)
         self._keys = {entry["key"] for entry in journal if "key" in entry}
         self._changed = threading.Condition()

@@ -375,6 +375,35 @@ def test_a_resumed_run_with_another_experiment_is_sent_there_as_a_whole(tmp_path
     assert_everything_once(uri, "after", models=())
 
 
+def test_a_run_that_was_deleted_in_mlflow_is_begun_anew_and_said_to_be(tmp_path, database):
+    uri, folder = f"sqlite:///{database}", make_folder(tmp_path)
+    sink = open_sink(folder, uri, "deleted")
+    train(sink, 0, 20)
+    assert sink.close("KILLED") == []
+    client = MlflowClient(uri)
+    for run in client.search_runs([sink.location.experiment_id]):
+        client.delete_run(run.info.run_id)
+    again = open_sink(folder, uri, "deleted")
+    train(again, 20, STEPS)
+    again.log_front(folder.front(), "none")
+    (message,) = again.close("FINISHED")
+    assert f"run {sink.location.run_id} is there no more" in message
+    (folder.path / "tracking" / "sent.json").unlink()
+    assert main(["track", str(folder.path)]) == 0
+    assert_everything_once(uri, "deleted", models=())
+
+
+def test_two_runs_at_once_make_one_database_and_lose_nothing(tmp_path):
+    sinks = [open_sink(make_folder(tmp_path, name), None, name) for name in ("one", "two")]
+    for sink in sinks:
+        train(sink, 0, STEPS)
+        sink.log_front(sink._folder.front(), "none")
+    assert [sink.close("FINISHED") for sink in sinks] == [[], []]
+    assert sinks[0].uri == sinks[1].uri
+    for name in ("one", "two"):
+        assert_everything_once(sinks[0].uri, name, models=(), name=name)
+
+
 def test_what_was_refused_is_sent_again_by_popmtl_track(tmp_path, database, capsys):
     uri, folder = f"sqlite:///{database}", make_folder(tmp_path)
     picture = (folder.pareto / "front.png").rename(tmp_path / "aside.png")
