@@ -136,6 +136,24 @@ def verify(options: argparse.Namespace) -> None:
         print(f"{folder.path} has no checkpoint")
 
 
+def track(options: argparse.Namespace) -> None:
+    """`popmtl track`: sends what MLflow has not got of a run."""
+    from popmtl.runs.folder import RunFolder
+    from popmtl.tracking.links import run_url, server_command
+    from popmtl.tracking.mlflow_sink import send_rest
+
+    folder = RunFolder(options.run)
+    folder.config()
+    with folder.held():
+        location, messages = send_rest(folder)
+    if location:
+        if command := server_command(location.uri):
+            print(f"MLflow  {command}")
+        print(f"then    {run_url(location)}")
+    if messages:
+        raise RunError("MLflow: " + "; ".join(messages))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
     parser.add_argument("--version", action="version", version=f"popmtl {__version__}")
@@ -146,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("verify", help="check a run's checkpoints against their manifests")
     command.add_argument("run", metavar="RUN", help="folder of the run")
     command.set_defaults(call=verify)
+    command = commands.add_parser("track", help="send what MLflow has not got of a run, which waits in its folder")
+    command.add_argument("run", metavar="RUN", help="folder of the run")
+    command.set_defaults(call=track)
     command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume the run's own if absent")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")

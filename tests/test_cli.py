@@ -428,8 +428,7 @@ def wait_for(process, ready, seconds):
 def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell):
     train = {"steps": 3000, "evaluate_every": 1000}
     data = {"train": train, "fine_tune": {"steps": 50}, "checkpoint": {"every_steps": 250}}
-    data["tracking"] = {"enabled": False}
-    straight = shell.start("train.execution=loop", **data)
+    straight = shell.start("train.execution=loop", tracking={"enabled": False}, **data)
     assert straight.wait(timeout=240) == OK
     (shell.folder / "runs" / "one").rename(shell.folder / "runs" / "straight")
     broken = shell.start("train.execution=loop", **data)
@@ -446,3 +445,12 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(she
     undisturbed = RunFolder(shell.folder / "runs" / "straight")
     assert shell.run.front() == undisturbed.front()
     assert shell.run.metrics() == undisturbed.metrics()
+    client, (parent, *members) = runs_in_mlflow(shell.folder / "runs")
+    assert [r.info.status for r in (parent, *members)] == ["FINISHED"] * 5
+    assert "rewound: step " in parent.data.tags["popmtl.event.1"]
+    seen = [point.step for point in client.get_metric_history(parent.info.run_id, "hypervolume")]
+    assert seen == [0, 1000, 2000, 3000, 3050]
+    for member in members:
+        steps = sorted(point.step for point in client.get_metric_history(member.info.run_id, "train/loss/f1"))
+        assert len(set(steps)) == len(steps) > 250
+        assert steps[-1] == 3050

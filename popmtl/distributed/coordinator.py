@@ -31,11 +31,10 @@ from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
-from popmtl.problems.registry import load_problem
 from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last, last_whole
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
-from popmtl.runs.results import load_model, model_file, write_front, write_model
+from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
 
@@ -49,6 +48,9 @@ CAUSE_SECONDS = 10.0
 
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
+
+TRACKED_EVENTS = ("recovering", "rewound", "damaged checkpoint", "checkpoint failed")
+"""Events that MLflow shows too."""
 
 _Actor: Any = ray.remote(SubproblemActor)
 
@@ -183,7 +185,7 @@ class Coordinator:
                 if failures > self.plan.config.recovery.max_failures or self.executions is None:
                     raise
                 reason = describe_failure(error)
-                self.folder.append_event("recovering", failure=failures, step=self.course.step, error=reason)
+                self._event("recovering", failure=failures, step=self.course.step, error=reason)
                 self._release()
                 self._rewind()
 
@@ -195,7 +197,7 @@ class Coordinator:
 
     def _rewind(self) -> None:
         """Goes back to the last checkpoint that is whole, or to the start: rows of different steps do not mix."""
-        found = last_whole(self.folder, lambda what: self.folder.append_event("damaged checkpoint", what=what))
+        found = last_whole(self.folder, lambda what: self._event("damaged checkpoint", what=what))
         self.course, self.resumption, self.pending = self._new_course(), None, None
         step = -1
         if found:
@@ -207,7 +209,7 @@ class Coordinator:
             if len(record["executions"]) == len(self.plan.placement.rows):
                 self.executions = record["executions"]  # another choice would round otherwise
         self.folder.forget_metrics_after(step)
-        self.folder.append_event("rewound", step=max(0, step), checkpoint=found[0].name if found else None)
+        self._event("rewound", step=max(0, step), checkpoint=found[0].name if found else None)
 
     async def _start_checkpoint(self, fine_tuned: int | None) -> None:
         """Has the actors copy their rows, and write them while they go on.
@@ -237,7 +239,7 @@ class Coordinator:
             except OSError as error:
                 failed = str(error)
         kind = "checkpoint" if failed is None else "checkpoint failed"
-        self.folder.append_event(kind, step=record["step"], **({} if failed is None else {"error": failed}))
+        self._event(kind, step=record["step"], **({} if failed is None else {"error": failed}))
 
     def _checkpoint_due(self, step: int) -> bool:
         checkpoint = self.plan.config.checkpoint
@@ -403,20 +405,18 @@ class Coordinator:
         )
         await asyncio.to_thread(write_front, self.folder, front)
         if self.sink:
-            problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
-            self.sink.log_front(
-                front,
-                self.folder,
-                plan.config.tracking.models,
-                lambda subproblem: load_model(self.folder.path, subproblem),
-                problem.example_input(),
-            )
+            self.sink.log_front(front, plan.config.tracking.models)
         return Report(front, fine_tuned, None, ())
 
-    async def _end(self, status: Status, timeout: float = 600.0) -> list[str]:
+    async def _end(self, status: Status, timeout: float | None = None) -> list[str]:
         """Lets go of the actors and closes MLflow's runs; what could not be logged."""
         self._release()
         return await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+
+    def _event(self, kind: str, **details: Any) -> None:
+        self.folder.append_event(kind, **details)
+        if self.sink and kind in TRACKED_EVENTS:
+            self.sink.log_event(kind, ", ".join(f"{name} {value}" for name, value in details.items()))
 
     def _release(self) -> None:
         """Lets go of the actors."""

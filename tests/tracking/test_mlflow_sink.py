@@ -9,44 +9,30 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient, pytorch
-from torch import nn
+from tracked_problems import BranchingModel, TwoHeadsModel
 
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_state, model_file, write_front, write_model
-from popmtl.tracking import mlflow_sink
+from popmtl.tracking import mlflow_sender, mlflow_sink
 from popmtl.tracking.links import Location, run_url, server_command
 from popmtl.tracking.mlflow_sink import MlflowSink
 
 OBJECTIVES = ["left", "right digit"]
 WEIGHTS = [[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]]
 STEPS = 700
-CONFIG = {"problem": {"name": "toy", "sizes": [1, 2]}, "seed": 3, "note": None, "long": "x" * 7000}
+CONFIG = {
+    "problem": {"name": "tracked_problems:TwoHeads", "sizes": [1, 2]},
+    "seed": 3,
+    "note": None,
+    "long": "x" * 7000,
+}
 
 
 @dataclass(frozen=True)
 class Settings:
     uri: str | None = None
     experiment: str | None = None
-
-
-class TwoHeads(nn.Module):
-    """As multi-task models are: two outputs; with buffers, and dropout that must be off in what is logged."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
-        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
-
-    def forward(self, x):
-        return torch.stack([head(self.body(x)) for head in self.heads], dim=1)
-
-
-class Branching(TwoHeads):
-    """Decides by its input's values, which cannot be exported."""
-
-    def forward(self, x):
-        return super().forward(x) if x.sum() > 0 else x
 
 
 def members(models):
@@ -57,9 +43,10 @@ def members(models):
     ]
 
 
-def finished_folder(storage, name, models):
+def finished_folder(storage, name, models, **parameters):
     folder = RunFolder.create(storage, name)
-    folder.write_config(CONFIG)
+    problem = {"name": "tracked_problems:TwoHeads", **parameters}
+    folder.write_config({**CONFIG, "problem": problem})
     for i, model in enumerate(models):
         write_model(folder, i, model.state_dict())
     front = Front(OBJECTIVES, [1.0, 1.0], 0.3, 3, STEPS, members(models))
@@ -84,7 +71,7 @@ def storage(tmp_path_factory):
 def logged(storage, environment):
     """A whole run, logged once for all tests that only look."""
     torch.manual_seed(0)
-    models = [TwoHeads(), TwoHeads(), TwoHeads()]
+    models = [TwoHeadsModel() for _ in range(3)]
     for model in models:
         model(torch.randn(16, 4))  # moves the BatchNorm statistics
     folder, front = finished_folder(storage, "run-a", models)
@@ -95,7 +82,7 @@ def logged(storage, environment):
         sink.log_training_losses(np.arange(start + 1, start + 51), losses[start : start + 50])
     sink.log_evaluation(350, 0.1, 2, [[0.4, 1.0], [0.7, 0.7], [np.inf, 0.5]])
     sink.log_evaluation(700, 0.2, 3, [[0.3, 0.9], [0.6, 0.6], [0.8, 0.4]])
-    sink.log_front(front, folder, "front", models.__getitem__, torch.randn(5, 4))
+    sink.log_front(front, "front")
     messages = sink.close("FINISHED", timeout=120)
     assert messages == []
     client = MlflowClient(sink.uri)
@@ -133,7 +120,7 @@ def test_parent_run(logged):
     assert parent.data.tags["popmtl.version"]
     params = parent.data.params
     assert {key: params[key] for key in ("problem.name", "problem.sizes", "seed", "note")} == {
-        "problem.name": "toy",
+        "problem.name": "tracked_problems:TwoHeads",
         "problem.sizes": "[1, 2]",
         "seed": "3",
         "note": "null",
@@ -220,45 +207,52 @@ def test_given_run_and_experiment_and_failure(logged, storage, environment):
 
 
 def test_a_model_that_cannot_be_exported_is_logged_as_safetensors(logged, storage):
-    models = [Branching(), TwoHeads(), TwoHeads()]
-    folder, front = finished_folder(storage, "run-c", models)
+    models = [BranchingModel() for _ in range(3)]
+    folder, front = finished_folder(storage, "run-c", models, branching=True)
     sink = MlflowSink.open(Settings(experiment="c"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
-    sink.log_front(front, folder, "all", models.__getitem__, torch.ones(2, 4))
-    (message,) = sink.close("KILLED", timeout=120)
-    assert message.startswith("model of subproblem 0: logged as safetensors only: ")
-    found = logged.client.search_logged_models([sink.location.experiment_id])
-    assert sorted(model.name for model in found) == ["member-001", "member-002"]
+    sink.log_front(front, "all")
+    messages = sink.close("KILLED", timeout=120)
+    assert [message.partition(": ")[0] for message in messages] == [f"model of subproblem {i}" for i in range(3)]
+    assert all("logged as safetensors only: " in message for message in messages)
+    assert logged.client.search_logged_models([sink.location.experiment_id]) == []
     children = logged.client.search_runs([sink.location.experiment_id], "tags.`popmtl.kind` = 'member'")
     assert all(artifacts(logged.client, run, "model") == {"model/model.safetensors"} for run in children)
     assert {run.info.status for run in children} == {"KILLED"}
 
 
 def test_without_example_or_models(logged, storage):
-    models = [TwoHeads(), TwoHeads(), TwoHeads()]
-    folder, front = finished_folder(storage, "run-d", models)
+    models = [TwoHeadsModel() for _ in range(3)]
+    folder, front = finished_folder(storage, "run-d", models, example=False)
     sink = MlflowSink.open(Settings(experiment="d"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
-    sink.log_front(front, folder, "front", models.__getitem__, None)
+    sink.log_front(front, "front")
     assert sink.close("FINISHED", timeout=60) == []
     assert logged.client.search_logged_models([sink.location.experiment_id]) == []
     children = logged.client.search_runs([sink.location.experiment_id], "tags.`popmtl.nondominated` = 'true'")
     assert [artifacts(logged.client, run, "model") for run in children] == [{"model/model.safetensors"}] * 2
 
 
-@pytest.mark.parametrize("uri", ["nonsense://somewhere", "sqlite:////proc/none/mlflow.db", "http://127.0.0.1:9"])
-def test_a_broken_store_does_not_raise_but_is_reported(tmp_path, uri, caplog, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    folder, front = finished_folder(tmp_path, "run", [TwoHeads(), TwoHeads(), TwoHeads()])
+@pytest.mark.parametrize(
+    ("uri", "about"),
+    [
+        ("nonsense://somewhere", "opening: "),
+        ("sqlite:////proc/none/mlflow.db", "opening: "),
+        ("http://127.0.0.1:9", ""),
+    ],
+)
+def test_a_broken_store_does_not_raise_but_is_reported(tmp_path, uri, about, caplog):
+    folder, front = finished_folder(tmp_path, "run", [TwoHeadsModel() for _ in range(3)])
     sink = MlflowSink.open(Settings(uri=uri), folder, CONFIG, OBJECTIVES, WEIGHTS, STEPS)
     sink.log_evaluation(1, 0.0, 1, np.zeros((3, 2)))
-    sink.log_front(front, folder, "none", lambda i: TwoHeads(), None)
-    (message,) = sink.close("FINISHED", timeout=60)
-    assert message.startswith("opening: ")
+    sink.log_front(front, "none")
+    *messages, unsent = sink.close("FINISHED", timeout=10)
+    assert unsent == f"8 entries were not sent to {uri}; popmtl track {folder.path} sends them"
+    assert [message.startswith(about) for message in messages] == ([True] if about else [])
     assert sink.location is None
     assert len([record for record in caplog.records if record.name == mlflow_sink.__name__]) == 1
 
 
 def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplog):
-    folder, _ = finished_folder(storage, "run-e", [TwoHeads(), TwoHeads(), TwoHeads()])
+    folder, _ = finished_folder(storage, "run-e", [TwoHeadsModel() for _ in range(3)])
     sink = MlflowSink.open(Settings(experiment="e"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
     sink.log_evaluation(1, 0.0, 1, np.zeros((2, 2)))  # a member is missing
     sink.log_evaluation(2, 0.5, 1, np.zeros((3, 2)))
@@ -268,18 +262,14 @@ def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplo
     assert (run.data.metrics["hypervolume"], run.info.status) == (0.5, "FINISHED")
 
 
-def test_close_waits_no_longer_than_told(logged, storage):
-    folder, front = finished_folder(storage, "run-f", [TwoHeads(), TwoHeads(), TwoHeads()])
-    sink = MlflowSink.open(Settings(experiment="f"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+def test_close_waits_no_longer_than_told(logged, storage, monkeypatch):
+    folder, front = finished_folder(storage, "run-f", [TwoHeadsModel() for _ in range(3)])
     answered = threading.Event()
-
-    def build(subproblem):
-        answered.wait(30)
-        return TwoHeads()
-
-    sink.log_front(front, folder, "front", build, torch.ones(2, 4))
+    monkeypatch.setattr(mlflow_sender, "load_model", lambda *_: answered.wait(30) and TwoHeadsModel())
+    sink = MlflowSink.open(Settings(experiment="f"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_front(front, "front")
     (message,) = sink.close("FINISHED", timeout=0.1)
-    assert "has not taken everything within 0.1 s" in message
+    assert f"entries were not sent to {sink.uri}; popmtl track {folder.path} sends them" in message
     answered.set()
     sink._thread.join(60)  # it writes to a database that other tests use
 

@@ -1,0 +1,372 @@
+"""The journal's entries as calls to MLflow, each such that a second time changes nothing.
+
+Metrics carry their entry's time, by which MLflow knows them again. What MLflow would make twice, runs and models, is
+looked for first: the process may have died, or the answer been lost, between making it and noting its id.
+
+This module imports MLflow, which takes seconds; only the sink's thread imports it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric, Param
+from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, InvalidUrlException, MlflowException
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from torch import Tensor, nn, no_grad
+from torch import __version__ as torch_version
+
+import popmtl
+from popmtl.errors import RequestError
+from popmtl.problems.registry import load_problem
+from popmtl.runs.folder import RunFolder
+from popmtl.runs.results import load_model
+from popmtl.tracking.outbox import CURSOR, Entry, Sent
+
+logger = logging.getLogger(__name__)
+
+# MLflow's own limits (mlflow.utils.validation).
+METRICS_A_CALL, PARAMS_A_CALL, PARAM_LENGTH, TAG_LENGTH, RUNS_A_SEARCH = 1000, 100, 6000, 8000, 50000
+# HTTP's codes below 500 that say nothing against the request itself: who asks, how often, how slowly.
+NOT_NOW = (401, 403, 408, 429, 499)
+# What tracing a model may raise, user code included; without the traced model, there still are the weights.
+TRACING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an entry was not taken.
+
+    Attributes:
+        reason: in words.
+        may_pass: whether the same call may succeed later: MLflow is away, busy, locked, or does not let us in.
+    """
+
+    reason: str
+    may_pass: bool
+
+
+class Sender:
+    """Sends entries; not for several threads."""
+
+    def __init__(self, folder: RunFolder, opening: Entry, sent: Sent, complain: Callable[[str, str], None]) -> None:
+        """Connects nothing yet.
+
+        Args:
+            folder: the run's.
+            opening: the latest entry that opened the run: where to send to, and the population.
+            sent: ids that are known, and where new ones are noted.
+            complain: takes what is less than it should be, and why.
+        """
+        self._folder, self._opening, self._sent, self._complain = folder, opening, sent, complain
+        self._uri: str = opening["uri"]
+        self._objectives: list[str] = opening["objectives"]
+        self._diverged: set[str] = set()
+        self._kinds: Mapping[str, Callable[[Entry], None]] = {
+            "opening": self._open,
+            "file": lambda entry: self._log_file(entry["name"]),
+            "evaluation": self._log_evaluation,
+            "training losses": lambda entry: self._log_losses("train/loss", entry, entry["steps"], entry["losses"]),
+            "members' figures": self._log_member_figures,
+            "event": self._log_event,
+            "front": self._log_front,
+            "subproblem": self._log_member,
+            "closing": self._close,
+        }
+
+    def send(self, entry: Entry) -> Failure | None:
+        """Sends an entry; what went wrong, in which case part of it may have been sent."""
+        try:
+            self._kinds[entry["kind"]](entry)
+        except (MlflowException, SQLAlchemyError, OSError, RequestError) as error:
+            return Failure(str(error), _may_pass(error))
+        except Exception as error:
+            # A mistake of ours or of the user's model. It must not end the thread, on which all later entries hang.
+            logger.exception("MLflow, %s", entry["kind"])
+            return Failure(repr(error), may_pass=False)
+        return None
+
+    def answers(self) -> bool:
+        """Whether MLflow answers a question that has nothing to do with any entry."""
+        try:
+            self._client().search_experiments(max_results=1)
+        except (MlflowException, DBAPIError, OSError):
+            return False
+        return True
+
+    def _client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=self._uri)
+
+    def _parent(self) -> str:
+        if self._sent.parent is None:
+            raise RuntimeError("used before it was opened")
+        return self._sent.parent
+
+    def _experiment_id(self) -> str:
+        if self._sent.experiment_id is None:
+            raise RuntimeError("used before it was opened")
+        return self._sent.experiment_id
+
+    def _open(self, entry: Entry) -> None:
+        """Makes the parent's and the members' runs, or goes on with those that there are."""
+        with _one_creator(self._uri):
+            client = self._client()
+            given = self._opening["parent"]
+            if given:
+                self._sent.experiment_id = client.get_run(given).info.experiment_id
+            else:
+                self._sent.experiment_id = self._experiment(client)
+        own = {"popmtl.run": self._opening["id"], "popmtl.version": popmtl.__version__, "mlflow.source.name": "popmtl"}
+        mine = f"tags.`popmtl.run` = '{self._opening['id']}'"
+        runs = client.search_runs([self._experiment_id()], mine, max_results=RUNS_A_SEARCH)
+        # By tag, as a user may have given a run another name.
+        found = {run.data.tags.get("popmtl.subproblem", "front"): run.info.run_id for run in runs}
+        if self._sent.parent not in (None, given, *found.values()):
+            gone = f"run {self._sent.parent} is there no more, and a new one was begun, without what was sent before"
+            self._complain("opening", f"{gone}; popmtl track sends that too if {CURSOR} is deleted first")
+
+        def made(name: str, tags: Mapping[str, str], time: int) -> str:
+            run = client.create_run(self._experiment_id(), start_time=time, tags={**own, **tags}, run_name=name)
+            return str(run.info.run_id)
+
+        front = {"popmtl.kind": "front"}
+        self._sent.parent = given or found.get("front") or made(self._opening["run_name"], front, entry["time"])
+        if given:
+            for key, value in {**front, **own}.items():
+                client.set_tag(given, key, value)
+        self._log_params(self._parent(), entry["params"])
+        for i, weights in enumerate(self._opening["weights"]):
+            tags = {"popmtl.kind": "member", "popmtl.subproblem": str(i), "mlflow.parentRunId": self._parent()}
+            # Some milliseconds apart: MLflow lists them by their start.
+            run_id = found.get(str(i)) or made(_member_name(i), tags, entry["time"] + i)
+            self._sent.members[str(i)] = run_id
+            self._log_params(run_id, self._member_params(i, weights))
+        for run_id in {given, *found.values()} - {None}:
+            client.update_run(run_id, status="RUNNING")
+
+    def _experiment(self, client: MlflowClient) -> str:
+        name = self._opening["experiment"]
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=self._opening["artifacts"]))
+            except MlflowException as error:
+                found = client.get_experiment_by_name(name)  # Another run may have been quicker.
+                if found is None:
+                    raise error
+        return str(found.experiment_id)
+
+    def _log_evaluation(self, entry: Entry) -> None:
+        step = entry["step"]
+        figures = [("hypervolume", entry["hypervolume"], step), ("front/size", entry["front_size"], step)]
+        self._log(self._parent(), entry, figures)
+        self._log_losses("val/loss", entry, [step], [entry["losses"]])
+
+    def _log_losses(
+        self, prefix: str, entry: Entry, steps: Sequence[int], losses: Sequence[Sequence[Sequence[float | None]]]
+    ) -> None:
+        """Losses of shape (T, N, m) at T steps to the members' runs."""
+        for i, run_id in self._members():
+            figures = [
+                (f"{prefix}/{name}", losses[t][i][k], step)
+                for t, step in enumerate(steps)
+                for k, name in enumerate(self._objectives)
+            ]
+            self._log(run_id, entry, figures)
+
+    def _log_member_figures(self, entry: Entry) -> None:
+        for i, run_id in self._members():
+            values = [(name, of_members[i], entry["step"]) for name, of_members in entry["figures"].items()]
+            self._log(run_id, entry, [figure for figure in values if figure[1] is not None])
+
+    def _log_event(self, entry: Entry) -> None:
+        when = datetime.fromtimestamp(entry["time"] / 1000, timezone.utc).isoformat(timespec="seconds")
+        client, text = self._client(), f"{when} {entry['what']}: {entry['text']}"
+        client.set_tag(self._parent(), f"popmtl.event.{entry['number']}", _cut(text, TAG_LENGTH))
+        if entry["recoveries"]:
+            client.set_tag(self._parent(), "popmtl.recoveries", str(entry["recoveries"]))
+
+    def _log_front(self, entry: Entry) -> None:
+        self._log(self._parent(), entry, [("obj/hypervolume", entry["hypervolume"], entry["step"])])
+        for name in ("front.json", "front.csv", "front.png"):
+            self._log_file(f"pareto/{name}", "pareto")
+
+    def _log_member(self, entry: Entry) -> None:
+        i, step = entry["subproblem"], entry["step"]
+        run_id, client = self._sent.members[str(i)], self._client()
+        client.set_tag(run_id, "popmtl.nondominated", str(entry["non_dominated"]).lower())
+        client.set_tag(run_id, "popmtl.stage", entry["stage"])
+        if entry["lost"]:
+            client.set_tag(run_id, "popmtl.lost", entry["lost"])
+        model_id = None
+        if entry["with_model"]:
+            with self._folder.fetched(f"pareto/{entry['model']}") as path:
+                client.log_artifact(run_id, str(path), "model")
+            model_id = self._log_model(run_id, entry)
+        figures = dict(zip((f"obj/{name}" for name in self._objectives), entry["objectives"], strict=True))
+        everything = {**figures, **entry["metrics"]}
+        self._log(run_id, entry, [(key, value, step) for key, value in everything.items()], model_id)
+
+    def _log_model(self, run_id: str, entry: Entry) -> str | None:
+        """Has the member's exported model as a LoggedModel of its run; its id, or None if there is no such model."""
+        client, name = self._client(), _member_name(entry["subproblem"])
+        mine = f"source_run_id = '{run_id}' AND name = '{name}'"
+        model_id = None
+        for found in client.search_logged_models([self._experiment_id()], mine):
+            if found.status == "READY":
+                model_id = str(found.model_id)
+            else:
+                client.delete_logged_model(found.model_id)
+        model_id = model_id or self._make_model(client, run_id, name, entry)
+        if model_id is None:
+            return None
+        outputs = client.get_run(run_id).outputs
+        if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+            client.log_outputs(run_id, [LoggedModelOutput(model_id, entry["step"])])
+        return model_id
+
+    def _make_model(self, client: MlflowClient, run_id: str, name: str, entry: Entry) -> str | None:
+        """Exports and uploads a model.
+
+        `mlflow.pytorch.log_model` would do, but it writes to the process-wide tracking URI and active run, leaves a
+        failed model behind where the export fails, and reads every metric's whole history.
+        """
+        import mlflow.pytorch  # seconds more, which a run without models need not pay
+        from mlflow.models import Model, infer_signature
+
+        subproblem = entry["subproblem"]
+        parameters = dict(self._folder.config()["problem"])
+        example = load_problem(parameters.pop("name"), parameters).example_input()
+        if example is None:
+            return None
+        model: nn.Module = load_model(self._folder.path, subproblem).cpu().eval()
+        # Two examples: with one, the exported program would take batches of one only.
+        inputs = example[:2].detach().cpu()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model"
+            description = Model(run_id=run_id)
+            try:
+                with no_grad():
+                    outputs = model(inputs)
+                signature = infer_signature(inputs.numpy(), outputs.numpy() if isinstance(outputs, Tensor) else None)
+                mlflow.pytorch.save_model(
+                    model,
+                    str(path),
+                    mlflow_model=description,
+                    signature=signature,
+                    input_example=inputs.numpy(),
+                    # Otherwise MLflow starts a process to find them, which takes seconds.
+                    pip_requirements=[f"torch=={_release(torch_version)}", f"numpy=={_release(np.__version__)}"],
+                    serialization_format="pt2",
+                )
+            except (MlflowException, *TRACING_ERRORS) as error:
+                summary = str(error).strip().split("\n")[0]
+                self._complain(f"model of subproblem {subproblem}", f"logged as safetensors only: {summary}")
+                return None
+            logged = client.create_logged_model(
+                self._experiment_id(),
+                name=name,
+                source_run_id=run_id,
+                tags={"popmtl.nondominated": str(entry["non_dominated"]).lower()},
+                params=self._member_params(subproblem, entry["weights"]),
+                model_type="pareto-member",
+            )
+            description.model_id = description.model_uuid = logged.model_id
+            description.artifact_path = logged.artifact_location
+            description.save(str(path / "MLmodel"))
+            client.log_model_artifacts(logged.model_id, str(path))
+        client.finalize_logged_model(logged.model_id, "READY")
+        return str(logged.model_id)
+
+    def _close(self, entry: Entry) -> None:
+        client = self._client()
+        for run_id in [*self._sent.members.values(), self._parent()]:
+            client.set_terminated(run_id, entry["status"], end_time=entry["time"])
+
+    def _members(self) -> list[tuple[int, str]]:
+        return [(int(i), run_id) for i, run_id in self._sent.members.items()]
+
+    def _member_params(self, subproblem: int, weights: Sequence[float]) -> dict[str, str]:
+        names = (f"w/{name}" for name in self._objectives)
+        values = (f"{weight:.6g}" for weight in weights)
+        return {"subproblem": str(subproblem), **dict(zip(names, values, strict=True))}
+
+    def _log(
+        self, run_id: str, entry: Entry, figures: Sequence[tuple[str, float | None, int]], model_id: str | None = None
+    ) -> None:
+        """(name, value, step) each. What is not finite is left out, as it ruins MLflow's axes, and the run tagged."""
+        metrics = [
+            Metric(name, float(value), entry["time"], step, model_id=model_id)
+            for name, value, step in figures
+            if value is not None and math.isfinite(value)
+        ]
+        client = self._client()
+        for chunk in _chunks(metrics, METRICS_A_CALL):
+            client.log_batch(run_id, metrics=chunk)
+        if len(metrics) < len(figures) and run_id not in self._diverged:
+            client.set_tag(run_id, "popmtl.diverged", "true")
+            self._diverged.add(run_id)
+
+    def _log_file(self, name: str, place: str | None = None) -> None:
+        with self._folder.fetched(name) as path:
+            self._client().log_artifact(self._parent(), str(path), place)
+
+    def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
+        entities = [Param(key, _cut(value, PARAM_LENGTH)) for key, value in params.items()]
+        for chunk in _chunks(entities, PARAMS_A_CALL):
+            self._client().log_batch(run_id, params=chunk)
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, InvalidUrlException):
+        return False
+    if isinstance(error, MlflowException):
+        status = ERROR_CODE_TO_HTTP_STATUS.get(error.error_code, 500)
+    elif isinstance(error, requests.HTTPError) and error.response is not None:
+        status = error.response.status_code
+    else:
+        return isinstance(error, requests.RequestException | DBAPIError | ConnectionError | TimeoutError)
+    return status in NOT_NOW or (status >= 500 and status != 501)
+
+
+@contextmanager
+def _one_creator(uri: str) -> Iterator[None]:
+    """Keeps others out while a SQLite database may be created: two that create one at once both fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    # MLflow retries for minutes on a database that cannot be opened; this says so at once.
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f".{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _cut(value: str, length: int) -> str:
+    return value if len(value) <= length else value[: length - 1] + "…"
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _member_name(subproblem: int) -> str:
+    return f"member-{subproblem:03d}"
+
+
+def _release(version: str) -> str:
+    """The version without a local suffix such as +cpu, which no package index has."""
+    return version.split("+")[0]

@@ -1,0 +1,127 @@
+"""What MLflow is to be told, kept in the run folder until MLflow has it.
+
+    tracking/outbox.jsonl   the entries in order, each with its time and kind; only ever added to
+    tracking/sent.json      how many of them MLflow has, which it refused, and the ids that it gave
+
+An entry may be sent twice, as the cursor lags behind what was sent: sending it must change nothing the second time.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from popmtl.runs.files import to_json
+from popmtl.runs.folder import RunFolder
+
+JOURNAL, CURSOR = "tracking/outbox.jsonl", "tracking/sent.json"
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class Sent:
+    """What of a journal is in MLflow, and where.
+
+    Attributes:
+        place: the tracking URI, the experiment and the run given as the parent; what was sent elsewhere does not count.
+        count: entries that are done with, from the journal's first.
+        refused: numbers of those among them that MLflow did not take.
+        experiment_id: of the parent run.
+        parent: id of the run that stands for the population.
+        members: ids of the members' runs, by subproblem.
+    """
+
+    place: Sequence[str | None]
+    count: int = 0
+    refused: list[int] = field(default_factory=list)
+    experiment_id: str | None = None
+    parent: str | None = None
+    members: dict[str, str] = field(default_factory=dict)
+
+
+class Outbox:
+    """The entries of a journal that are still to be sent. Any thread may add; one takes.
+
+    Attributes:
+        sent: what is in MLflow; the taking thread's own.
+    """
+
+    def __init__(self, folder: RunFolder, journal: Sequence[Entry], place: Sequence[str | None]) -> None:
+        """Goes on with a journal; what MLflow refused is tried again.
+
+        Args:
+            folder: the run's.
+            journal: its content, as `folder.lines(JOURNAL)` gives it.
+            place: see `Sent`.
+        """
+        self._folder = folder
+        self.sent = _read_cursor(folder, place)
+        # The disk may have lost the last lines in a crash, and kept the cursor.
+        self.sent.count = min(self.sent.count, len(journal))
+        if journal and not folder.read(JOURNAL).endswith(b"\n"):  # a line that a crash cut short must not be continued
+            folder.write(JOURNAL, "".join(to_json(entry) + "\n" for entry in journal).encode())
+        refused = set(self.sent.refused)
+        self._waiting = deque((n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in refused)
+        self._total = len(journal)
+        self._keys = {entry["key"] for entry in journal if "key" in entry}
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        """How many entries are to be sent."""
+        return len(self._waiting)
+
+    def add(self, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
+        """Adds an entry to the journal; one whose key is there already is left out."""
+        with self._changed:
+            if key in self._keys:
+                return
+            named = {} if key is None else {"key": key}
+            # What is sent at once is what a later process would read: NaN is null, and so on.
+            entry = json.loads(to_json({"time": int(time.time() * 1000), "kind": kind, **named, **content}))
+            self._keys |= set(named.values())
+            self._waiting.append((self._total, entry))
+            self._total += 1
+            self._folder.append(JOURNAL, entry)
+            self._changed.notify()
+
+    def next(self, timeout: float) -> Entry | None:
+        """The entry to send now, waiting for one at most so many seconds; it stays until `done`."""
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait(timeout)
+            return self._waiting[0][1] if self._waiting else None
+
+    def done(self, *, refused: bool = False) -> None:
+        """The next entry is in MLflow, or `refused` by it."""
+        with self._changed:
+            number, _ = self._waiting.popleft()
+        others = [other for other in self.sent.refused if other != number]
+        self.sent.refused = [*others, number] if refused else others
+        self.sent.count = max(self.sent.count, number + 1)
+
+    def save(self) -> None:
+        """Writes the cursor.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._folder.write(CURSOR, json.dumps(asdict(self.sent), indent=1).encode())
+
+    def wake(self) -> None:
+        """Ends a wait in `next`."""
+        with self._changed:
+            self._changed.notify()
+
+
+def _read_cursor(folder: RunFolder, place: Sequence[str | None]) -> Sent:
+    try:
+        sent = Sent(**json.loads(folder.read(CURSOR)))
+    except FileNotFoundError:
+        return Sent(list(place))
+    return sent if list(sent.place) == list(place) else Sent(list(place))
