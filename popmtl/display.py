@@ -28,6 +28,7 @@ class ProgressLine:
         self.live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
         self.stage: str | None = None
         self.execution: str | None = None
+        self.notices = 0
         self.shown = 0.0
 
     def __enter__(self) -> ProgressLine:
@@ -45,6 +46,9 @@ class ProgressLine:
         if progress.execution != self.execution:
             self.execution = progress.execution
             self.console.print(f"rows of an actor: {self.execution}", highlight=False, soft_wrap=True)
+        for notice in progress.notices[self.notices :]:
+            self.console.print(notice, style="yellow", highlight=False, soft_wrap=True)
+        self.notices = len(progress.notices)
         if self.live:
             self.live.update(line, refresh=True)
         elif progress.stage != self.stage or time.monotonic() - self.shown >= LINE_SECONDS:

@@ -49,9 +49,6 @@ CAUSE_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
 
-TRACKED_EVENTS = ("recovering", "rewound", "damaged checkpoint", "checkpoint failed")
-"""Events that MLflow shows too."""
-
 _Actor: Any = ray.remote(SubproblemActor)
 
 
@@ -67,6 +64,7 @@ class Progress:
         losses: least and greatest training loss of the last chunk; None before it.
         steps_per_second: in this stage; None at its start.
         execution: how the actors take the gradients of several rows, and why; None where each has one, or before.
+        notices: what else happened since the run started, such as lost actors.
     """
 
     stage: Stage
@@ -76,6 +74,7 @@ class Progress:
     losses: tuple[float, float] | None = None
     steps_per_second: float | None = None
     execution: str | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def seconds_left(self) -> float | None:
@@ -238,8 +237,10 @@ class Coordinator:
                 await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
             except OSError as error:
                 failed = str(error)
-        kind = "checkpoint" if failed is None else "checkpoint failed"
-        self._event(kind, step=record["step"], **({} if failed is None else {"error": failed}))
+        if failed is None:
+            self.folder.append_event("checkpoint", step=record["step"])
+        else:
+            self._event("checkpoint failed", step=record["step"], error=failed)
 
     def _checkpoint_due(self, step: int) -> bool:
         checkpoint = self.plan.config.checkpoint
@@ -307,9 +308,7 @@ class Coordinator:
             rank, i = self._place(start.subproblem)
             call: Any = self.actors[rank].reseed.remote(i, total.model())
             await self._within(_awaitable(call), rank, "reseed")
-            self.folder.append_event(
-                "reseeded", subproblem=start.subproblem, step=self.course.step, shares=start.shares
-            )
+            self._event("reseeded", step=self.course.step, subproblem=start.subproblem)
 
     async def _state(self, subproblem: int) -> dict[str, NDArray[Any]]:
         """A subproblem's model."""
@@ -414,9 +413,12 @@ class Coordinator:
         return await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
 
     def _event(self, kind: str, **details: Any) -> None:
+        """Something that a user wants to know of: in the run folder, on the screen, and in MLflow."""
         self.folder.append_event(kind, **details)
-        if self.sink and kind in TRACKED_EVENTS:
-            self.sink.log_event(kind, ", ".join(f"{name} {value}" for name, value in details.items()))
+        text = ", ".join(f"{name} {value}" for name, value in details.items())
+        self.now = replace(self.now, notices=(*self.now.notices, f"{kind}: {text}"))
+        if self.sink:
+            self.sink.log_event(kind, text)
 
     def _release(self) -> None:
         """Lets go of the actors."""
@@ -475,7 +477,7 @@ class Coordinator:
     def _took(self, step: int, start: float, steps: Sequence[Steps], first: int, resumed: int) -> None:
         losses = np.concatenate([taken.losses for taken in steps], axis=1)
         for departed in (departed for taken in steps for departed in taken.departures):
-            self.folder.append_event("left", **asdict(departed))
+            self._event("left", step=departed.step, subproblem=departed.subproblem, why=departed.why)
         finite = losses[np.isfinite(losses)]
         self.now = replace(
             self.now,
