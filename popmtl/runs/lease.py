@@ -6,8 +6,8 @@ is gone. Only durations are compared, by the clock of who waits, so that clocks 
 
 from __future__ import annotations
 
-import _thread
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,8 @@ def lease(files: Storage) -> Iterator[None]:
     time.sleep(SETTLE_SECONDS)
     if _owner(_content(files)) != me:
         raise BlockingIOError
-    end, lost = threading.Event(), threading.Event()
+    end, lost, main = threading.Event(), threading.Event(), threading.main_thread().ident
+    assert main is not None  # it runs
 
     def keep() -> None:
         count = 0
@@ -52,7 +53,7 @@ def lease(files: Storage) -> Iterator[None]:
             with suppress(OSError):  # it tries again
                 if _owner(_content(files)) not in (me, None):
                     lost.set()
-                    _thread.interrupt_main()
+                    signal.pthread_kill(main, signal.SIGINT)
                     return
                 count += 1
                 _renew(files, me, count)

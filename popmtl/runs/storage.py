@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ class LocalStorage(Storage):
             found = (self.path / name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Entry(found.st_size, found.st_mtime)
+        return Entry(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
     def children(self, name: str) -> list[str]:  # noqa: D102
         try:
