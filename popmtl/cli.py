@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -115,7 +115,9 @@ def runs(options: argparse.Namespace) -> None:
     from popmtl.display import print_runs
     from popmtl.runs.folder import runs_in
 
-    print_runs(Console(), runs_in(options.storage or "runs"))
+    storage = options.storage or "runs"
+    with _reading(storage):
+        print_runs(Console(), runs_in(storage))
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -126,7 +128,8 @@ def verify(options: argparse.Namespace) -> None:
 
     folder = RunFolder(options.run)
     folder.config()
-    found = checkpoints(folder)
+    with _reading(options.run):
+        found = checkpoints(folder)
     damaged = {name: what for name in found if (what := damage(folder, name))}
     for name in found:
         print(f"{split(name)[1]}: {damaged.get(name, 'whole')}")
@@ -134,6 +137,15 @@ def verify(options: argparse.Namespace) -> None:
         raise RunError(f"{folder.location}: {len(damaged)} of {len(found)} checkpoints are damaged")
     if not found:
         print(f"{folder.location} has no checkpoint")
+
+
+@contextmanager
+def _reading(location: str) -> Iterator[None]:
+    """Says which storage it is that fails while it is read."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"storage {location}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -292,13 +292,11 @@ def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
     """The runs in a storage, the latest last.
 
     Raises:
-        RequestError: there is no such storage, or it cannot be read.
+        RequestError: there is no such storage.
+        OSError: it cannot be read.
     """
     files = open_storage(storage)
-    try:
-        found = {name: files.entry(f"{name}/config.yaml") for name in files.children("")}
-    except OSError as error:
-        raise RequestError(f"storage {files.location}: cannot be read ({said(error)})") from error
+    found = {name: files.entry(f"{name}/config.yaml") for name in files.children("")}
     if not found and not (files.path and files.path.is_dir()):
         raise RequestError(f"storage {files.location}: no such folder")
     times = {name: entry.time for name, entry in found.items() if entry}
