@@ -477,11 +477,11 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(she
 
 
 def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the_same(shell, s3, capsys):
-    train, fine_tune = {"steps": 3000, "evaluate_every": 1000}, {"steps": 50}
+    train, fine_tune = {"steps": 1500, "evaluate_every": 500}, {"steps": 20}
     data = {"train": train, "fine_tune": fine_tune, "tracking": {"enabled": False}}
     straight = shell.start("train.execution=loop", **data)
     assert straight.wait(timeout=240) == OK
-    data["checkpoint"] = {"every_steps": 250}
+    data["checkpoint"] = {"every_steps": 100}
     broken = shell.start("train.execution=loop", "--storage", s3, **data)
     run = RunFolder(joined(s3, "one"))
     wait_for(broken, lambda: len(checkpoints(run)) == 2, 120)

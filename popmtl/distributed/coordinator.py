@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from secrets import token_hex
 from typing import Any, Literal
@@ -259,11 +260,13 @@ class Coordinator:
             try:
                 await asyncio.to_thread(commit, self.folder, name, _in_order(written), record)
                 self.damaged.discard(name)  # a step that was taken again
-                await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
             except OSError as error:
                 failed = str(error)
-        if failed is not None:  # what there is of it takes room that the next one may need
-            await asyncio.to_thread(discard, self.folder, name)
+        with suppress(OSError):  # what stays is removed after the next checkpoint
+            if failed is None:
+                await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
+            else:  # what there is of it takes room that the next one may need
+                await asyncio.to_thread(discard, self.folder, name)
         kind = "checkpoint" if failed is None else "checkpoint failed"
         self.folder.append_event(kind, step=record["step"], **({} if failed is None else {"error": failed}))
 

@@ -50,7 +50,7 @@ def lease(files: Storage) -> Iterator[None]:
     def keep() -> None:
         count = 0
         while not end.wait(RENEW_SECONDS):
-            with suppress(OSError):  # it tries again
+            with suppress(OSError, ValueError):  # it tries again
                 if _owner(_content(files)) not in (me, None):
                     lost.set()
                     signal.pthread_kill(main, signal.SIGINT)
