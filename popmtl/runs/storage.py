@@ -193,7 +193,7 @@ class LocalStorage(Storage):
                 while rest:
                     rest = rest[os.write(descriptor, rest) :]
             except OSError:
-                os.ftruncate(descriptor, size)  # the next line must not begin behind half a one
+                os.ftruncate(descriptor, size)  # they will all be tried again
                 raise
         finally:
             os.close(descriptor)

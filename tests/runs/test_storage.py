@@ -271,6 +271,15 @@ def test_a_full_disk_is_refused_and_nothing_is_left_there(mounted):
     assert os.listdir(path) == ["filler"]
 
 
+def test_of_lines_that_find_no_room_none_is_written(mounted):
+    folder = RunFolder.create(mounted("size=1m"), "run")
+    folder.append_metrics({"step": 0})
+    fill(folder.storage)
+    with pytest.raises(OSError, match="No space left"):
+        folder.files.append("metrics.jsonl", b'{"step": 1}\n' + b"x" * 5000 + b"\n")
+    assert folder.read("metrics.jsonl") == b'{"step": 0}\n', "or the first would be written twice"
+
+
 def test_on_a_full_disk_lines_wait_checkpoints_fail_and_results_say_how_to_go_on(mounted, caplog):
     path = mounted("size=1m")
     folder = RunFolder.create(path, "run")
