@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -52,23 +52,26 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.placement import local_resources
     from popmtl.distributed.plan import make_plan
     from popmtl.runs.folder import RunFolder
+    from popmtl.runs.storage import split
     from popmtl.tracking.links import run_url, server_command
 
     if options.resume:
         if options.config and "=" in options.config and not Path(options.config).exists():
             options.config, options.overrides = None, [options.config, *options.overrides]  # no CONFIG was given
         folder = RunFolder(options.resume)
-        if (folder.pareto / "front.json").exists():
-            raise RequestError(f"{folder.path}: this run has finished")
-        config = resumed_config(folder.config(), options.config, options.overrides)
+        own = folder.config()
+        if folder.files.entry("pareto/front.json"):
+            raise RequestError(f"{folder.location}: this run has finished")
+        config = resumed_config(own, options.config, options.overrides)
+        config = config.model_copy(update={"storage": split(folder.location)[0]})
         name = folder.name
     else:
         if not options.config:
             raise RequestError("train: give a CONFIG, or --resume RUN")
         config = load_config(options.config, options.overrides)
         name = Path(options.config).stem
-    if options.storage:
-        config = config.model_copy(update={"storage": options.storage})
+        if options.storage:
+            config = config.model_copy(update={"storage": options.storage})
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file or a pipe has no width of its own
@@ -84,21 +87,21 @@ def train(options: argparse.Namespace) -> None:
             folder = RunFolder.create(config.storage, run_name)
         session.enter_context(folder.held())
         folder.write_config(config.resolved())
-        console.print(f"run {folder.path}", highlight=False, soft_wrap=True)
+        console.print(f"run {folder.location}", highlight=False, soft_wrap=True)
         if plan.transfers:
             console.print(f"transport {plan.transport.name}: {plan.transport.why}", highlight=False, soft_wrap=True)
         print_warnings(console, plan.warnings)
         if not options.address:
             session.enter_context(driver.cluster(None, int(resources["CPU"])))
         with ProgressLine(console) as line:
-            report = driver.run(plan, folder.path, name, line.show, resumes=bool(options.resume))
+            report = driver.run(plan, folder.location, name, line.show, resumes=bool(options.resume))
     print_front(console, report.front)
     if report.fine_tuned:
         kept = sum(one.kept for one in report.fine_tuned)
         console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
-    for text in (f"picture {folder.pareto / 'front.png'}", f"models  {folder.pareto / 'models'}"):
-        console.print(text, highlight=False, soft_wrap=True)
-    print_warnings(console, [f"MLflow: {complaint}" for complaint in report.complaints])
+    for what, file in (("picture", "front.png"), ("models ", "models")):
+        console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
+    print_warnings(console, [*report.unwritten, *(f"MLflow: {complaint}" for complaint in report.complaints)])
     if report.location:
         if command := server_command(report.location.uri):
             console.print(f"MLflow  {command}", highlight=False, soft_wrap=True)
@@ -110,30 +113,39 @@ def runs(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from popmtl.display import print_runs
-    from popmtl.runs.folder import RunFolder
+    from popmtl.runs.folder import runs_in
 
-    storage = Path(options.storage or "runs")
-    if not storage.is_dir():
-        raise RequestError(f"storage {storage}: no such folder")
-    folders = [RunFolder(config.parent) for config in storage.glob("*/config.yaml")]
-    print_runs(Console(), sorted(folders, key=lambda folder: (folder.path / "config.yaml").stat().st_mtime))
+    storage = options.storage or "runs"
+    with _reading(storage):
+        print_runs(Console(), runs_in(storage))
 
 
 def verify(options: argparse.Namespace) -> None:
     """`popmtl verify`: every file of a run's checkpoints against its manifest."""
     from popmtl.runs.checkpoint import checkpoints, damage
     from popmtl.runs.folder import RunFolder
+    from popmtl.runs.storage import split
 
     folder = RunFolder(options.run)
     folder.config()
-    found = checkpoints(folder)
-    damaged = {path: what for path in found if (what := damage(path))}
-    for path in found:
-        print(f"{path.name}: {damaged.get(path, 'whole')}")
+    with _reading(options.run):
+        found = checkpoints(folder)
+    damaged = {name: what for name in found if (what := damage(folder, name))}
+    for name in found:
+        print(f"{split(name)[1]}: {damaged.get(name, 'whole')}")
     if damaged:
-        raise RunError(f"{folder.path}: {len(damaged)} of {len(found)} checkpoints are damaged")
+        raise RunError(f"{folder.location}: {len(damaged)} of {len(found)} checkpoints are damaged")
     if not found:
-        print(f"{folder.path} has no checkpoint")
+        print(f"{folder.location} has no checkpoint")
+
+
+@contextmanager
+def _reading(location: str) -> Iterator[None]:
+    """Says which storage it is that fails while it is read."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"storage {location}: cannot be read ({' '.join(str(error).split())})") from error
 
 
 def track(options: argparse.Namespace) -> None:
@@ -159,10 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"popmtl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("runs", help="list the runs in a storage folder")
-    command.add_argument("--storage", help="folder that holds the runs; default: ./runs")
+    command.add_argument("--storage", help="path or URL of the folder that holds the runs; default: ./runs")
     command.set_defaults(call=runs)
     command = commands.add_parser("verify", help="check a run's checkpoints against their manifests")
-    command.add_argument("run", metavar="RUN", help="folder of the run")
+    command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
     command.set_defaults(call=verify)
     command = commands.add_parser("track", help="send what MLflow has not got of a run, which waits in its folder")
     command.add_argument("run", metavar="RUN", help="folder of the run")
@@ -173,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     command.add_argument("--address", help="join the Ray cluster at this address, or auto; default: start one here")
     command.add_argument("--run-name", help="name of the run and its folder; default: the config's name and the time")
-    command.add_argument("--storage", help="folder that holds the runs; default: the config's, or ./runs")
-    command.add_argument("--resume", metavar="RUN", help="go on with the run in this folder from its last checkpoint")
+    command.add_argument("--storage", help="path or URL of the folder that holds the runs; default: the config's")
+    command.add_argument(
+        "--resume", metavar="RUN", help="go on with the run at this path or URL from its last checkpoint"
+    )
     command.set_defaults(call=train)
     return parser

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from popmtl.distributed.coordinator import Progress
 from popmtl.distributed.plan import RunPlan
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
 
 LINE_SECONDS = 10.0
@@ -147,10 +147,10 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
     table = _table()
     for name in ("run", "state", "step", "hypervolume"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
-    for folder in folders:
+    for folder, state in zip(folders, states(folders), strict=True):
         last: dict[str, Any] = next(reversed(folder.metrics()), {})
         figure = last.get("hypervolume")
-        table.add_row(folder.name, folder.state(), str(last.get("step", "")), f"{figure:.5g}" if figure else "")
+        table.add_row(folder.name, state, str(last.get("step", "")), f"{figure:.5g}" if figure else "")
     console.print(table)
 
 

@@ -11,3 +11,7 @@ class RunError(RuntimeError):
 
 class ActorLost(RunError):  # noqa: N818  # it says what happened
     """An actor died, or did not answer in time: the run can go on from its last checkpoint."""
+
+
+class CheckpointDamaged(RunError):  # noqa: N818
+    """A file of a checkpoint is not what was written: the run can go on from one before it."""

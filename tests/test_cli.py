@@ -20,9 +20,10 @@ import yaml
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.config import load_config
-from popmtl.runs.checkpoint import checkpoint_path, checkpoints, commit, write_tensors
+from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, write_tensors
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_model
+from popmtl.runs.storage import joined
 
 VLMOP2 = {"problem": "vlmop2", "population": {"subproblems": 4}}
 
@@ -144,6 +145,32 @@ def test_a_bad_request_is_refused_in_one_message_before_anything_starts(refusal,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_storage_url_needs_a_tracking_uri(refusal, plan_of, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    data = {"storage": "s3://bucket/runs"}
+    assert refusal(**data) == (
+        "tracking.uri: without one, MLflow's database lies in the storage, and it cannot at s3://bucket/runs; "
+        "give tracking.uri or MLFLOW_TRACKING_URI, or tracking.enabled=false"
+    )
+    for choice in ("tracking.uri=http://127.0.0.1:5000", "tracking.enabled=false", "storage=file:///nowhere"):
+        plan_of(choice, **data)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    plan_of(**data)
+
+
+def test_a_storage_that_cannot_be_is_refused_before_anything_starts(no_ray, config, capsys, s3_server):
+    for storage in ("foo://bucket", f"s3://nobucket/runs?{s3_server}"):
+        for arguments in (
+            ["train", config(), "tracking.enabled=false", "--storage"],
+            ["runs", "--storage"],
+            ["verify"],
+        ):
+            assert main([*arguments, storage]) == BAD_REQUEST
+            out, err = capsys.readouterr()
+            assert (out, err.count("\n")) == ("", 1)
+            assert storage in err
+
+
 def test_data_that_is_not_there_is_refused(refusal, no_ray, tmp_path):
     folder = tmp_path / "no data"
     assert str(folder) in refusal(problem={"name": "multimnist", "folder": str(folder)})
@@ -213,10 +240,11 @@ def test_checkpoints_are_verified(earlier, capsys):
     assert main(["verify", str(earlier.path)]) == OK
     assert "no checkpoint" in capsys.readouterr().out
     for step in (1, 2):
-        path = checkpoint_path(earlier, step)
-        commit(path, [write_tensors(path / "a.safetensors", {"row": torch.zeros(3)}, {})], {"step": step})
+        name = checkpoint_name(step)
+        file = write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})
+        commit(earlier, name, [file], {"step": step})
     assert main(["verify", str(earlier.path)]) == OK
-    (checkpoint_path(earlier, 2) / "a.safetensors").unlink()
+    earlier.files.remove(f"{checkpoint_name(2)}/a.safetensors")
     assert main(["verify", str(earlier.path)]) == FAILED
     out, err = capsys.readouterr()
     assert "a.safetensors is missing" in out
@@ -454,3 +482,42 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(she
         steps = sorted(point.step for point in client.get_metric_history(member.info.run_id, "train/loss/f1"))
         assert len(set(steps)) == len(steps) > 250
         assert steps[-1] == 3050
+
+
+def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the_same(shell, s3, capsys):
+    train, fine_tune = {"steps": 1500, "evaluate_every": 500}, {"steps": 20}
+    data = {"train": train, "fine_tune": fine_tune, "tracking": {"enabled": False}}
+    straight = shell.start("train.execution=loop", **data)
+    assert straight.wait(timeout=240) == OK
+    data["checkpoint"] = {"every_steps": 100}
+    broken = shell.start("train.execution=loop", "--storage", s3, **data)
+    run = RunFolder(joined(s3, "one"))
+    wait_for(broken, lambda: len(checkpoints(run)) == 2, 120)
+    os.killpg(broken.pid, signal.SIGKILL)
+    broken.communicate(timeout=60)
+    assert shell.survivors(30.0) == []
+    latest, before = checkpoints(run)
+    file = f"{latest}/subproblem-00002.safetensors"
+    run.write(file, run.read(file)[:-1] + b"\1")
+    assert main(["verify", run.location]) == FAILED
+    out = capsys.readouterr().out
+    assert f"{latest[12:]}: {run.files.where(file)} is not what was written" in out
+    assert f"{before[12:]}: whole" in out
+
+    again = shell.start("--resume", run.location, named=False, **data)
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == OK, err
+    assert f"picture {run.files.where('pareto/front.png')}" in out
+    events = [event for event in run.events() if event["kind"] in ("damaged checkpoint", "rewound")]
+    assert [event.get("checkpoint") for event in events] == [latest, None, before]
+    assert file in events[1]["what"]
+    assert run.front() == shell.run.front()
+    assert run.metrics() == shell.run.metrics()
+    for subproblem in range(4):
+        ours, theirs = (load_model(place, subproblem).state_dict() for place in (run.location, shell.run.path))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((shell.folder / "runs").glob("s3*")), "nothing of it lies here"
+    assert main(["runs", "--storage", s3]) == OK
+    assert "finished" in capsys.readouterr().out
+    assert main(["train", "--resume", run.location]) == BAD_REQUEST
+    assert "this run has finished" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +25,7 @@ from popmtl.distributed.mixing.coordinator import Exchange
 from popmtl.distributed.placement import Placement, rank_order
 from popmtl.distributed.plan import DIVERGENCE, RunPlan
 from popmtl.distributed.subproblem import Resumption, Steps, SubproblemActor
-from popmtl.errors import ActorLost, RunError
+from popmtl.errors import ActorLost, CheckpointDamaged, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
@@ -31,10 +33,12 @@ from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
-from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last, last_whole
+from popmtl.runs import proof
+from popmtl.runs.checkpoint import checkpoint_name, commit, discard, files_of, keep_last, last_whole
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
+from popmtl.runs.storage import said
 from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
 
@@ -91,23 +95,26 @@ class Report:
         fine_tuned: what Aligned-MTL did to each model; empty without that stage.
         location: the run in MLflow; None without tracking, or where MLflow could not be reached.
         complaints: what could not be logged to MLflow.
+        unwritten: what could not be written to the run folder, and is not needed to use the front.
     """
 
     front: Front
     fine_tuned: Sequence[FineTuned]
     location: Location | None
     complaints: Sequence[str]
+    unwritten: Sequence[str] = ()
 
 
 class Coordinator:
     """Runs a plan. An asynchronous actor, so that `exchange` and `progress` are answered while `run` waits."""
 
-    def __init__(self, plan: RunPlan, folder: Path, config_name: str, resumes: bool = False) -> None:
+    def __init__(self, plan: RunPlan, folder: str | os.PathLike[str], config_name: str, resumes: bool = False) -> None:
         self.plan, self.folder, self.config_name, self.resumes = plan, RunFolder(folder), config_name, resumes
         self.course = self._new_course()
         self.resumption: Resumption | None = None
         self.executions: list[Execution] | None = None
-        self.pending: tuple[Path, dict[str, Any]] | None = None
+        self.pending: tuple[str, dict[str, Any]] | None = None
+        self.damaged: set[str] = set()
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
         self.mixing = Exchange(len(plan.placement.rows))
@@ -141,7 +148,16 @@ class Coordinator:
             raise RunError(reason) from None
         complaints = await self._end("FINISHED")
         self.folder.append_event("finished", hypervolume=report.front.hypervolume, tracking=complaints)
-        return replace(report, location=self.sink.location if self.sink else None, complaints=complaints)
+        location = self.sink.location if self.sink else None
+        return replace(report, location=location, complaints=complaints, unwritten=self._unwritten())
+
+    def _unwritten(self) -> list[str]:
+        """Writes the lines that wait; what is wrong, if they cannot be written."""
+        try:
+            self.folder.flush()
+        except OSError as error:
+            return [f"{self.folder.location}: the last metrics and events could not be written: {said(error)}"]
+        return []
 
     async def exchange(
         self, number: int, rank: int, rows: NDArray[Any], M_rows: NDArray[Any], timeout: float
@@ -170,7 +186,7 @@ class Coordinator:
                 self.config_name,
             )
         if self.resumes:
-            self._rewind()
+            await self._rewind()
         failures = 0
         while True:
             try:
@@ -178,7 +194,13 @@ class Coordinator:
                 await self._train()
                 fine_tuned = await self._fine_tune() if self.plan.aligned else []
                 return await self._write_results(fine_tuned)
-            except (ActorLost, ConnectionError, TimeoutError, GetTimeoutError) as error:  # noqa: PERF203  # seldom
+            except CheckpointDamaged as error:  # noqa: PERF203  # seldom
+                assert self.resumption is not None  # an actor has read it
+                self.damaged.add(self.resumption.checkpoint)
+                self.folder.append_event("damaged checkpoint", what=describe_failure(error))
+                self._release()
+                await self._rewind()
+            except (ActorLost, ConnectionError, TimeoutError, GetTimeoutError) as error:
                 failures += 1
                 # Actors that never came to be ready would not the next time either.
                 if failures > self.plan.config.recovery.max_failures or self.executions is None:
@@ -186,7 +208,7 @@ class Coordinator:
                 reason = describe_failure(error)
                 self._event("recovering", failure=failures, step=self.course.step, error=reason)
                 self._release()
-                self._rewind()
+                await self._rewind()
 
     def _new_course(self) -> Course:
         plan = self.plan
@@ -194,21 +216,27 @@ class Coordinator:
         reseeds = plan.config.recovery.max_reseeds
         return Course(plan.W, plan.M, plan.factors, every, plan.ideal_point, plan.reference_point, reseeds)
 
-    def _rewind(self) -> None:
+    async def _rewind(self) -> None:
         """Goes back to the last checkpoint that is whole, or to the start: rows of different steps do not mix."""
-        found = last_whole(self.folder, lambda what: self._event("damaged checkpoint", what=what))
+
+        def complain(what: str) -> None:
+            self._event("damaged checkpoint", what=what)
+
+        # The actors read the contents, once, and say if they are damaged.
+        found = await asyncio.to_thread(last_whole, self.folder, complain, without=self.damaged, contents=False)
         self.course, self.resumption, self.pending = self._new_course(), None, None
         step = -1
         if found:
-            path, record = found
+            name, record = found
             step = record["step"]
             self.course.restore(record["course"])
             assert self.course.ideal is not None  # observed before the first step
-            self.resumption = Resumption(path, step, record["fine_tuned"], self.course.ideal)
+            files = await asyncio.to_thread(files_of, self.folder, name)
+            self.resumption = Resumption(name, files, step, record["fine_tuned"], self.course.ideal)
             if len(record["executions"]) == len(self.plan.placement.rows):
                 self.executions = record["executions"]  # another choice would round otherwise
-        self.folder.forget_metrics_after(step)
-        self._event("rewound", step=max(0, step), checkpoint=found[0].name if found else None)
+        await asyncio.to_thread(self.folder.forget_metrics_after, step)
+        self._event("rewound", step=max(0, step), checkpoint=found[0] if found else None)
 
     async def _start_checkpoint(self, fine_tuned: int | None) -> None:
         """Has the actors copy their rows, and write them while they go on.
@@ -218,25 +246,30 @@ class Coordinator:
         """
         await self._commit(wait=True)
         step = self.course.step + (fine_tuned or 0)
-        path = checkpoint_path(self.folder, step)
-        await self._all("checkpoint", path)
+        name = checkpoint_name(step)
+        await self._all("checkpoint", name)
         course, executions = self.course.state(), self.executions
         record = {"step": step, "fine_tuned": fine_tuned, "executions": executions, "course": course}
-        self.pending, self.last_checkpoint = (path, record), time.monotonic()
+        self.pending, self.last_checkpoint = (name, record), time.monotonic()
 
     async def _commit(self, *, wait: bool) -> None:
         """Makes the checkpoint count that is being written, once it is there."""
         if not self.pending or not (wait or all(await self._all("is_written"))):
             return
-        (path, record), self.pending = self.pending, None
+        (name, record), self.pending = self.pending, None
         written = await self._all("files_written")
         failed = next((what for what in written if isinstance(what, str)), None)
         if failed is None:
             try:
-                await asyncio.to_thread(commit, path, _in_order(written), record)
-                await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
+                await asyncio.to_thread(commit, self.folder, name, _in_order(written), record)
+                self.damaged.discard(name)  # a step that was taken again
             except OSError as error:
                 failed = str(error)
+        with suppress(OSError):  # what stays is removed after the next checkpoint
+            if failed is None:
+                await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
+            else:  # what there is of it takes room that the next one may need
+                await asyncio.to_thread(discard, self.folder, name)
         if failed is None:
             self.folder.append_event("checkpoint", step=record["step"])
         else:
@@ -259,6 +292,7 @@ class Coordinator:
         self.mixing = Exchange(len(self.plan.placement.rows))
         crew = await start_actors(self.plan.placement, limit)
         self.group, self.actors, hosts = crew.group, crew.actors, crew.hosts
+        await self._prove_storage(hosts, limit)
         if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
             raise RunError(
                 "transfer.transport: shared_memory needs all actors on one host, and they are on "
@@ -275,6 +309,21 @@ class Coordinator:
         self.folder.append_event("ready", hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
+
+    async def _prove_storage(self, hosts: Sequence[str], limit: float) -> None:
+        """Has every actor show that what it writes is read here, and what is written here is read there."""
+        token = token_hex()
+
+        def check(answers: Sequence[str | None]) -> None:
+            for rank, (host, wrong) in enumerate(zip(hosts, answers, strict=True)):
+                proof.conclude(self.folder, token, rank, host, wrong)
+
+        try:
+            await asyncio.to_thread(proof.begin, self.folder, token)
+            answers = await self._all("prove_storage", self.folder, token, timeout=limit, setting="start_timeout")
+            await asyncio.to_thread(check, answers)
+        finally:
+            await asyncio.to_thread(proof.end, self.folder, token)
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
@@ -410,7 +459,9 @@ class Coordinator:
     async def _end(self, status: Status, timeout: float | None = None) -> list[str]:
         """Lets go of the actors and closes MLflow's runs; what could not be logged."""
         self._release()
-        return await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+        complaints = await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+        self._unwritten()
+        return complaints
 
     def _event(self, kind: str, **details: Any) -> None:
         """Something that a user wants to know of: in the run folder, on the screen, and in MLflow."""

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -77,9 +76,21 @@ def _knock(address: str) -> None:
 
 
 def run(
-    plan: RunPlan, folder: Path, config_name: str, show: Callable[[Progress], None], *, resumes: bool = False
+    plan: RunPlan,
+    folder: str | os.PathLike[str],
+    config_name: str,
+    show: Callable[[Progress], None],
+    *,
+    resumes: bool = False,
 ) -> Report:
     """Runs a plan on the Ray that is connected, from its folder's last checkpoint if it `resumes`; shows its progress.
+
+    Args:
+        plan: of the run.
+        folder: the run's folder, a path or a URL.
+        config_name: what MLflow's experiment is named by.
+        show: is called with the progress, several times a minute.
+        resumes: from the folder's last checkpoint.
 
     Raises:
         RunError: the run failed.

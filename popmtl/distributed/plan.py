@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,13 @@ from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Problem, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
+from popmtl.runs.storage import is_remote
 
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
+
+TRACKING = "MLFLOW_TRACKING_URI"
 
 DIVERGENCE = (
     "below m_ii = 1/2 the consensus order can diverge at a high learning rate; order adapt_then_combine is stable there"
@@ -132,6 +136,11 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
     Raises:
         RequestError: whatever is wrong with the request, naming the key or the problem.
     """
+    if is_remote(config.storage) and config.tracking.enabled and not (config.tracking.uri or os.environ.get(TRACKING)):
+        raise RequestError(
+            f"tracking.uri: without one, MLflow's database lies in the storage, and it cannot at {config.storage}; "
+            f"give tracking.uri or {TRACKING}, or tracking.enabled=false"
+        )
     problem = load_problem(config.problem.name, config.problem.parameters)
     objectives = tuple(problem.objectives)
     m = len(objectives)

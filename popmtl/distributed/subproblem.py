@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,9 @@ from popmtl.method.problem import Evaluation, Split
 from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
+from popmtl.runs import proof
 from popmtl.runs.checkpoint import WrittenFile, read_tensors, subproblem_file, write_tensors
+from popmtl.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Steps:
 
 @dataclass(frozen=True)
 class Resumption:
-    """The checkpoint that actors go on from: its folder, the steps of all stages that are done, and of fine-tuning."""
+    """The checkpoint that actors go on from: its files, the steps of all stages that are done, and of fine-tuning."""
 
-    path: Path
+    checkpoint: str
+    files: Sequence[WrittenFile]
     step: int
     fine_tuned: int | None
     ideal: NDArray[np.float64]
@@ -59,6 +61,11 @@ class SubproblemActor:
 
     def __repr__(self) -> str:
         return f"SubproblemActor(rank={self.rank})"
+
+    def prove_storage(self, folder: RunFolder, token: str) -> str | None:
+        """Takes the run's folder, and shows that it is the coordinator's; what is wrong, where it is not."""
+        self.folder = folder
+        return proof.answer(folder, token, self.rank)
 
     def meet(self, plan: RunPlan, host: str) -> str | None:
         """Rank 0: opens the place where the ranks of the transport meet, at this host's address; says where it is."""
@@ -104,8 +111,9 @@ class SubproblemActor:
 
     def _resume(self, resumption: Resumption) -> None:
         block = self.block
-        files = [resumption.path / subproblem_file(i) for i in block.subproblems]
-        states = [RowState(*read_tensors(file)) for file in files]
+        files = {file.name: file for file in resumption.files}
+        mine = [files[subproblem_file(i)] for i in block.subproblems]
+        states = [RowState(*read_tensors(self.folder, resumption.checkpoint, file)) for file in mine]
         play_again(block, resumption.step)
         if resumption.fine_tuned is None:
             step_schedules(block.buckets, resumption.step)
@@ -114,14 +122,14 @@ class SubproblemActor:
             assert self.aligned is not None  # the same config that wrote it
             self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, (resumption.fine_tuned, states))
 
-    def checkpoint(self, path: Path) -> None:
-        """Copies all that the rows need to go on, and writes it to a folder while the next steps are taken."""
+    def checkpoint(self, name: str) -> None:
+        """Copies all that the rows need to go on, and writes it to a checkpoint while the next steps are taken."""
         block = self.block
         states = self.fine_tuning.snapshot() if self.fine_tuning else take(block, block.buckets)
 
         def write() -> list[WrittenFile]:
             return [
-                write_tensors(path / subproblem_file(i), state.tensors, state.numbers)
+                write_tensors(self.folder, f"{name}/{subproblem_file(i)}", state.tensors, state.numbers)
                 for i, state in zip(block.subproblems, states, strict=True)
             ]
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from popmtl.runs.files import replacing
+from popmtl.errors import CheckpointDamaged
 from popmtl.runs.folder import RunFolder
+from popmtl.runs.storage import PART_BYTES, said
 
 VERSION = 1
 MANIFEST, COURSE = "manifest.json", "course.json"
@@ -35,9 +32,9 @@ class WrittenFile:
     sha256: str
 
 
-def checkpoint_path(folder: RunFolder, step: int) -> Path:
-    """Where the checkpoint of a step is; steps of both stages count."""
-    return folder.path / "checkpoints" / f"step-{step:08d}"
+def checkpoint_name(step: int) -> str:
+    """The folder, in that of the run, of a checkpoint; steps of both stages count."""
+    return f"checkpoints/step-{step:08d}"
 
 
 def subproblem_file(subproblem: int) -> str:
@@ -45,108 +42,150 @@ def subproblem_file(subproblem: int) -> str:
     return f"subproblem-{subproblem:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> WrittenFile:
-    """Writes tensors, and numbers as JSON beside them, to disk for good.
+def write_tensors(
+    folder: RunFolder, name: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> WrittenFile:
+    """Writes tensors, and numbers as JSON beside them, to a file of a run's folder, for good.
 
     Raises:
         OSError: the file cannot be written.
     """
-    return _write(path, save(dict(tensors), {"format": "pt", "numbers": json.dumps(numbers)}))
+    return _write(folder, name, save(dict(tensors), {"format": "pt", "numbers": json.dumps(numbers)}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        return tensors, json.loads(file.metadata()["numbers"])
+def read_tensors(folder: RunFolder, checkpoint: str, file: WrittenFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote to a file of a checkpoint; read once, and compared with its entry in the manifest.
+
+    Raises:
+        CheckpointDamaged: it is something else, or cannot be read.
+    """
+    where = folder.files.where(f"{checkpoint}/{file.name}")
+    try:
+        content = folder.read(f"{checkpoint}/{file.name}")
+    except OSError as error:
+        raise CheckpointDamaged(f"{where} cannot be read: {said(error)}") from error
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise CheckpointDamaged(_differs(where))
+    length = int.from_bytes(content[:8], "little")  # of the header that safetensors begin with
+    return load(content), json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["numbers"])
 
 
-def commit(path: Path, files: Sequence[WrittenFile], course: Mapping[str, Any]) -> None:
+def commit(folder: RunFolder, checkpoint: str, files: Sequence[WrittenFile], course: Mapping[str, Any]) -> None:
     """Makes a checkpoint of the files that the actors have written: from here on it counts.
 
     Raises:
         OSError: it cannot be written.
     """
+    # A run that goes on from here does not write the lines from before it again.
+    folder.flush()
     content = json.dumps({"version": VERSION, **course}, indent=1).encode()
-    everything = [*files, _write(path / COURSE, content)]
-    with replacing(path / MANIFEST) as beside:
-        beside.write_text(json.dumps({"files": [asdict(file) for file in everything]}, indent=1), encoding="utf-8")
-    _sync_folder(path)
-    _sync_folder(path.parent)
+    everything = [*files, _write(folder, f"{checkpoint}/{COURSE}", content)]
+    manifest = json.dumps({"files": [asdict(file) for file in everything]}, indent=1)
+    folder.write(f"{checkpoint}/{MANIFEST}", manifest.encode())
+    folder.files.sync(checkpoint)
+    folder.files.sync("checkpoints")
 
 
-def checkpoints(folder: RunFolder) -> list[Path]:
+def checkpoints(folder: RunFolder) -> list[str]:
     """Committed checkpoints, the latest first."""
-    return sorted((m.parent for m in folder.path.glob(f"checkpoints/step-*/{MANIFEST}")), reverse=True)
+    return sorted((name for name in _begun(folder) if folder.files.entry(f"{name}/{MANIFEST}")), reverse=True)
 
 
-def damage(path: Path) -> str | None:
-    """The first thing that is wrong with a checkpoint, naming the file; None if it is whole."""
+def damage(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> str | None:
+    """The first thing that is wrong with a checkpoint, naming the file; None if it is whole.
+
+    Args:
+        folder: of the run.
+        checkpoint: its name there.
+        contents: read every file; otherwise only the sizes of the subproblems' files are looked at.
+    """
     try:
-        entries = [WrittenFile(**entry) for entry in json.loads((path / MANIFEST).read_bytes())["files"]]
+        entries = files_of(folder, checkpoint)
     except FileNotFoundError:
-        return f"{path / MANIFEST} is missing"
+        return f"{folder.files.where(f'{checkpoint}/{MANIFEST}')} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path / MANIFEST} cannot be read: {error}"
+        return f"{folder.files.where(f'{checkpoint}/{MANIFEST}')} cannot be read: {error}"
     if not any(entry.name == COURSE for entry in entries):
-        return f"{path / MANIFEST} does not list {COURSE}"
+        return f"{folder.files.where(f'{checkpoint}/{MANIFEST}')} does not list {COURSE}"
     for entry in entries:
-        file = path / entry.name
+        name = f"{checkpoint}/{entry.name}"
+        where = folder.files.where(name)
         try:
-            size = file.stat().st_size
-            if size != entry.size:
-                return f"{file} has {size} bytes, not {entry.size}"
-            with file.open("rb") as stream:
-                if _digest(stream) != entry.sha256:
-                    return f"{file} is not what was written: its SHA-256 differs"
-        except FileNotFoundError:
-            return f"{file} is missing"
+            found = folder.files.entry(name)
+            if found is None:
+                return f"{where} is missing"
+            if found.size != entry.size:
+                return f"{where} has {found.size} bytes, not {entry.size}"
+            if contents or entry.name == COURSE:
+                with folder.files.open(name) as stream:
+                    if _digest(stream) != entry.sha256:
+                        return _differs(where)
         except OSError as error:
-            return f"{file} cannot be read: {error.strerror or error}"
+            return f"{where} cannot be read: {said(error)}"
     return None
 
 
-def last_whole(folder: RunFolder, complain: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The latest undamaged checkpoint and its course; None if there is none. Damage goes to `complain`."""
-    for path in checkpoints(folder):
-        if damaged := damage(path):
+def files_of(folder: RunFolder, checkpoint: str) -> list[WrittenFile]:
+    """The files that the manifest of a checkpoint lists."""
+    manifest = json.loads(folder.read(f"{checkpoint}/{MANIFEST}"))
+    return [WrittenFile(**entry) for entry in manifest["files"]]
+
+
+def last_whole(
+    folder: RunFolder, complain: Callable[[str], None], *, without: Collection[str] = (), contents: bool = True
+) -> tuple[str, dict[str, Any]] | None:
+    """The latest undamaged checkpoint and its course; None if there is none.
+
+    Args:
+        folder: of the run.
+        complain: is told what is damaged.
+        without: checkpoints to pass over.
+        contents: as in `damage`.
+    """
+    for checkpoint in checkpoints(folder):
+        if checkpoint in without:
+            continue
+        if damaged := damage(folder, checkpoint, contents=contents):
             complain(damaged)
             continue
-        course = json.loads((path / COURSE).read_bytes())
+        course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
         if course["version"] != VERSION:
-            complain(f"{path / COURSE} is of version {course['version']}, which this PopMTL does not read")
+            where = folder.files.where(f"{checkpoint}/{COURSE}")
+            complain(f"{where} is of version {course['version']}, which this PopMTL does not read")
             continue
-        return path, course
+        return checkpoint, course
     return None
 
 
 def keep_last(folder: RunFolder, count: int) -> None:
     """Removes all but the last checkpoints, and what was begun and not committed before them."""
     kept = checkpoints(folder)[:count]
-    for path in folder.path.glob("checkpoints/step-*"):
-        if kept and path not in kept and path.name < kept[0].name:
-            (path / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not count
-            shutil.rmtree(path, ignore_errors=True)
+    for checkpoint in _begun(folder):
+        if kept and checkpoint not in kept and checkpoint < kept[0]:
+            discard(folder, checkpoint)
 
 
-def _write(path: Path, content: bytes) -> WrittenFile:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        beside.write_bytes(content)
-    return WrittenFile(path.name, len(content), hashlib.sha256(content).hexdigest())
+def discard(folder: RunFolder, checkpoint: str) -> None:
+    """Removes a checkpoint, or what was begun of it."""
+    folder.files.remove(f"{checkpoint}/{MANIFEST}")  # first: half a checkpoint must not count
+    folder.files.remove_folder(checkpoint)
+
+
+def _begun(folder: RunFolder) -> list[str]:
+    return [f"checkpoints/{name}" for name in folder.files.children("checkpoints") if name.startswith("step-")]
+
+
+def _write(folder: RunFolder, name: str, content: bytes) -> WrittenFile:
+    folder.write(name, content)
+    return WrittenFile(name.rpartition("/")[2], len(content), hashlib.sha256(content).hexdigest())
 
 
 def _digest(stream: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while part := stream.read(2**20):
+    while part := stream.read(PART_BYTES):
         digest.update(part)
     return digest.hexdigest()
 
 
-def _sync_folder(path: Path) -> None:
-    """Has the names in a folder on disk too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _differs(where: str) -> str:
+    return f"{where} is not what was written: its SHA-256 differs"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,22 +16,44 @@ from typing import Any
 import yaml
 
 from popmtl.errors import RequestError
-from popmtl.runs.files import replacing, to_json
+from popmtl.runs.files import to_json
 from popmtl.runs.front import Front
+from popmtl.runs.lease import lease, leased
+from popmtl.runs.storage import Storage, joined, open_storage, said, split
+
+logger = logging.getLogger(__name__)
 
 ENDS = ("finished", "failed", "interrupted")
 """Events that end a run."""
 
+RETRY_SECONDS = 2.0
+"""Until lines that could not be written are tried again."""
+
+PROBE = b"\0" * 4096
+
 
 class RunFolder:
-    """A run's folder on a local path.
+    """A run's folder on a local path or behind a URL.
+
+    Lines that are appended are in the file at once on a local path, and some seconds later behind a URL; `flush` has
+    them there. Lines for which there is no room wait for it, without an error: a full disk ends no training.
 
     Attributes:
-        path: the folder itself, absolute; its parent is the storage, its name the run's name.
+        location: the folder's absolute path, or its URL.
+        files: what is in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        self.files: Storage = open_storage(location)
+        self.location = self.files.location
+        self._waiting: dict[str, bytes] = {}
+        self._timer: threading.Timer | None = None
+        self._troubled = False
+        self._gathering = threading.Lock()  # of the two above, for moments; may be taken inside the other
+        self._writing = threading.RLock()  # one that writes lines, for as long as the storage takes
+
+    def __reduce__(self) -> tuple[type[RunFolder], tuple[str]]:
+        return RunFolder, (self.location,)
 
     @classmethod
     def create(cls, storage: str | os.PathLike[str], name: str) -> RunFolder:
@@ -41,31 +65,48 @@ class RunFolder:
         """
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise RequestError(f"run name {name!r}: use a name that can be a folder's, without /")
-        folder = cls(Path(storage) / name)
+        storage = open_storage(storage).location
+        folder = cls(joined(storage, name))
         try:
-            folder.path.parent.mkdir(parents=True, exist_ok=True)
-            folder.path.mkdir()
+            folder.files.make()
         except FileExistsError as error:
-            if folder.path.exists() and folder.path.parent.is_dir():
-                raise RequestError(f"{folder.path} exists already: give this run another --run-name") from error
-            raise RequestError(f"storage {folder.path.parent}: not a folder ({error.strerror})") from error
+            raise RequestError(f"{folder.location} exists already: give this run another --run-name") from error
+        except NotADirectoryError as error:
+            raise RequestError(f"storage {storage}: not a folder ({said(error)})") from error
         except OSError as error:
-            raise RequestError(f"storage {folder.path.parent}: cannot be written to ({error.strerror})") from error
+            raise RequestError(f"storage {storage}: cannot be written to ({said(error)})") from error
+        try:
+            folder.files.write(".probe", PROBE)
+            folder.files.remove(".probe")
+        except OSError as error:
+            folder.files.remove_folder("")
+            raise RequestError(f"storage {storage}: cannot be written to ({said(error)})") from error
         return folder
 
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.path.name
+        return split(self.location)[1]
+
+    @property
+    def path(self) -> Path:
+        """The folder itself, where it is a local one.
+
+        Raises:
+            ValueError: it is behind a URL.
+        """
+        if self.files.path is None:
+            raise ValueError(f"{self.location} is not on this machine's disk")
+        return self.files.path
 
     @property
     def storage(self) -> Path:
-        """The folder that holds this and other runs."""
+        """The folder that holds this and other runs, where it is a local one; see `path`."""
         return self.path.parent
 
     @property
     def pareto(self) -> Path:
-        """Where the front and its models are."""
+        """Where the front and its models are, in a local folder; see `path`."""
         return self.path / "pareto"
 
     def write_config(self, config: Mapping[str, Any]) -> None:
@@ -73,9 +114,13 @@ class RunFolder:
 
         Raises:
             yaml.representer.RepresenterError: the config holds something else.
+            RequestError: it cannot be written.
         """
-        with replacing(self.path / "config.yaml") as beside:
-            beside.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+        try:
+            self.write("config.yaml", content)
+        except OSError as error:
+            raise self._refusal("written to", error) from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl; what is not finite becomes null."""
@@ -83,9 +128,11 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drops the records of metrics.jsonl that a run which goes on from this step will write again."""
-        kept = [record for record in self.metrics() if record["step"] <= step and record["stage"] == "mtgd"]
-        with replacing(self.path / "metrics.jsonl") as beside:
-            beside.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
+        with self._writing:
+            kept = [record for record in self.metrics() if record["step"] <= step and record["stage"] == "mtgd"]
+            with self._gathering:
+                self._waiting.pop("metrics.jsonl", None)
+            self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in kept).encode())
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -93,44 +140,46 @@ class RunFolder:
 
         Raises:
             RequestError: one already does.
+            RunError: one took over, behind a URL; see `lease`.
         """
-        with (self.path / ".lock").open("a") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(_flock(self.files.path) if self.files.path else lease(self.files))
             except BlockingIOError as error:
-                raise RequestError(f"{self.path}: this run is being worked on by another process") from error
+                raise RequestError(f"{self.location}: this run is being worked on by another process") from error
+            except OSError as error:
+                raise self._refusal("written to", error) from error
             yield
 
     def state(self) -> str:
         """How the run stands: running, finished, failed or interrupted; or lost, if it ended without a word."""
-        try:
-            with self.held():
-                pass
-        except RequestError:
-            return "running"
-        last = [event["kind"] for event in self.events() if event["kind"] in (*ENDS, "started", "resumed")][-1:]
-        return last[0] if last and last[0] in ENDS else "lost"
+        return states([self])[0]
 
     def append_event(self, kind: str, **details: Any) -> None:
-        """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details."""
+        """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details; an end flushes."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         self.append("events.jsonl", {"time": time, "kind": kind, **details})
+        if kind in ENDS:
+            with suppress(OSError):  # they are kept, and it has been said
+                self.flush()
 
     def config(self) -> dict[str, Any]:
         """The content of config.yaml.
 
         Raises:
-            RequestError: this is not a run folder, or its config is no mapping.
+            RequestError: this is not a run folder, or its config cannot be read, or is no mapping.
         """
-        path = self.path / "config.yaml"
+        where = self.files.where("config.yaml")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise RequestError(f"{self.path} is not a run folder: it has no config.yaml") from error
-        except yaml.YAMLError as error:
-            raise RequestError(f"{path} cannot be read: {error}") from error
+            content = yaml.safe_load(self.read("config.yaml"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
+        except OSError as error:
+            raise self._refusal("read", error) from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RequestError(f"{where} cannot be read: {error}") from error
         if not isinstance(content, dict):
-            raise RequestError(f"{path} holds no settings")
+            raise RequestError(f"{where} holds no settings")
         return content
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -147,32 +196,60 @@ class RunFolder:
         Raises:
             RequestError: the run has none (it has not ended, or it failed).
         """
-        path = self.pareto / "front.json"
         try:
-            return Front.from_json(path.read_text(encoding="utf-8"))
+            return Front.from_json(self.read("pareto/front.json").decode())
         except FileNotFoundError as error:
-            raise RequestError(f"{self.path} has no front yet: {path} is missing") from error
+            where = self.files.where("pareto/front.json")
+            raise RequestError(f"{self.location} has no front yet: {where} is missing") from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds a record to a file of JSON lines; what is not finite becomes null."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(to_json(record) + "\n")
+        line = (to_json(record) + "\n").encode()
+        with self._gathering:
+            self._waiting[name] = self._waiting.get(name, b"") + line
+        if self.files.delay:
+            self._flush_in(self.files.delay)
+        else:
+            with suppress(OSError):  # the line is kept, and it has been said
+                self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that wait.
+
+        Raises:
+            OSError: they cannot be written; they go on waiting, and are tried again.
+        """
+        with self._writing:
+            with self._gathering:
+                names = list(self._waiting)
+            for name in names:
+                with self._gathering:
+                    lines = self._waiting[name]
+                try:
+                    self.files.append(name, lines)
+                except OSError as error:
+                    self._troubled_by(name, error)
+                    raise
+                with self._gathering:
+                    self._waiting[name] = self._waiting[name][len(lines) :]
+                    if not self._waiting[name]:
+                        del self._waiting[name]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a file of JSON lines in the order of writing; none where there is no file."""
-        path = self.path / name
-        if not path.exists():
-            return []
-        # Without a newline at its end the last line is one that a crash cut short.
-        complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in complete]
+        with self._writing:
+            try:
+                content = self.read(name)
+            except FileNotFoundError:
+                content = b""
+            with self._gathering:
+                # Without a newline at its end the last line is one that a crash cut short.
+                content = content[: content.rfind(b"\n") + 1] + self._waiting.get(name, b"")
+        return [json.loads(line) for line in content.split(b"\n")[:-1]]
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file of the folder: a reader finds the old content or the new, whole."""
-        with replacing(self.path / name) as beside:
-            beside.write_bytes(content)
+        self.files.write(name, content)
 
     def read(self, name: str) -> bytes:
         """The content of a file of the folder.
@@ -180,9 +257,88 @@ class RunFolder:
         Raises:
             FileNotFoundError: there is none.
         """
-        return (self.path / name).read_bytes()
+        return self.files.read(name)
 
-    @contextmanager
-    def fetched(self, name: str) -> Iterator[Path]:
+    def fetched(self, name: str) -> AbstractContextManager[Path]:
         """A file of the folder as one on this machine's disk."""
-        yield self.path / name
+        return self.files.fetched(name)
+
+    def _troubled_by(self, name: str, error: OSError) -> None:
+        """Says once that lines wait, also to who reads the events when there is room again."""
+        if not self._troubled:
+            self._troubled = True
+            logger.warning("%s cannot be written, its lines wait: %s", self.files.where(name), said(error))
+            self.append_event("lines wait", file=name, error=said(error))
+        self._flush_in(RETRY_SECONDS)
+
+    def _flush_in(self, seconds: float) -> None:
+        with self._gathering:
+            if self._timer is None:
+                self._timer = threading.Timer(seconds, self._flush_now)
+                self._timer.daemon = True  # a storage that does not answer must not keep the process from ending
+                self._timer.start()
+
+    def _flush_now(self) -> None:
+        with self._gathering:
+            self._timer = None
+        with suppress(OSError):  # it has set the next one
+            self.flush()
+
+    def _refusal(self, what: str, error: OSError) -> RequestError:
+        return RequestError(f"storage {split(self.location)[0]}: cannot be {what} ({said(error)})")
+
+
+def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
+    """The runs in a storage, the latest last.
+
+    Raises:
+        RequestError: there is no such storage.
+        OSError: it cannot be read.
+    """
+    files = open_storage(storage)
+    found = {name: files.entry(f"{name}/config.yaml") for name in files.children("")}
+    if not found and not (files.path and files.path.is_dir()):
+        raise RequestError(f"storage {files.location}: no such folder")
+    times = {name: entry.time for name, entry in found.items() if entry}
+    return [RunFolder(files.where(name)) for name in sorted(times, key=times.__getitem__)]
+
+
+def states(folders: Sequence[RunFolder]) -> list[str]:
+    """How runs stand: running, finished, failed or interrupted; or lost, if one ended without a word.
+
+    Behind URLs it takes a while to see whether a process still works on a run: once, however many runs there are.
+    """
+    remote = [i for i, folder in enumerate(folders) if folder.files.path is None]
+    running = dict(zip(remote, leased([folders[i].files for i in remote]), strict=True))
+    return [
+        "running" if (running[i] if i in running else _is_flocked(folder.path)) else _last_word(folder)
+        for i, folder in enumerate(folders)
+    ]
+
+
+def _last_word(folder: RunFolder) -> str:
+    last = [event["kind"] for event in folder.events() if event["kind"] in (*ENDS, "started", "resumed")][-1:]
+    return last[0] if last and last[0] in ENDS else "lost"
+
+
+@contextmanager
+def _flock(path: Path) -> Iterator[None]:
+    """Locks a folder, as long as this process lives and the block lasts.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    with (path / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _is_flocked(path: Path) -> bool:
+    try:
+        with (path / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from matplotlib import colormaps
@@ -28,7 +29,7 @@ MOST_NUMBERS = 5
 CHARACTER = (10, 15)
 
 
-def draw_front(front: Front, path: Path) -> None:
+def draw_front(front: Front, file: Path | BinaryIO) -> None:
     """Draws the Pareto set to a PNG file of 1200 × 900 pixels.
 
     Two objectives: the members, the staircase of the non-dominated ones and the area up to the reference point that
@@ -73,7 +74,7 @@ def draw_front(front: Front, path: Path) -> None:
             fontsize=8.5,
             color="0.35",
         )
-    figure.savefig(path, format="png")
+    figure.savefig(file, format="png")
 
 
 def _scatter(

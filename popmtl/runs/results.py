@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from popmtl.errors import RequestError
-from popmtl.runs.files import replacing
+from popmtl.errors import RequestError, RunError
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front
 from popmtl.runs.picture import draw_front
+from popmtl.runs.storage import said
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
     """Writes front.json, front.csv and front.png into the run's pareto folder.
 
     Raises:
-        OSError: a file cannot be written.
+        RunError: a file cannot be written.
     """
-    with replacing(folder.pareto / "front.csv") as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows(_table(front))
-    with replacing(folder.pareto / "front.png") as beside:
-        draw_front(front, beside)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(_table(front))
+    write_result(folder, "pareto/front.csv", table.getvalue().encode())
+    picture = io.BytesIO()
+    draw_front(front, picture)
+    write_result(folder, "pareto/front.png", picture.getvalue())
     # Last: a reader takes the presence of front.json for the end of the run.
-    with replacing(folder.pareto / "front.json") as beside:
-        beside.write_text(front.to_json(), encoding="utf-8")
+    write_result(folder, "pareto/front.json", front.to_json().encode())
+
+
+def write_result(folder: RunFolder, name: str, content: bytes) -> None:
+    """Writes what a run ends with.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.write(name, content)
+    except OSError as error:
+        raise RunError(
+            f"{folder.files.where(name)} cannot be written ({said(error)}); when it can be, --resume goes on from the "
+            "last checkpoint"
+        ) from error
 
 
 def model_file(subproblem: int) -> str:
@@ -51,12 +67,11 @@ def write_model(folder: RunFolder, subproblem: int, state: Mapping[str, Tensor])
         The file, relative to the pareto folder.
 
     Raises:
-        OSError: the file cannot be written.
+        RunError: the file cannot be written.
     """
     # safetensors refuses tensors that share memory: tied parameters, and rows of the population.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    with replacing(folder.pareto / model_file(subproblem)) as beside:
-        save_file(copies, beside, metadata={"format": "pt"})
+    write_result(folder, f"pareto/{model_file(subproblem)}", save(copies, {"format": "pt"}))
     return model_file(subproblem)
 
 
@@ -74,7 +89,7 @@ def load_model(run_folder: str | Path, subproblem: int) -> nn.Module:
     """A trained member of a run's Pareto set, on the CPU and in evaluation mode.
 
     Args:
-        run_folder: the run's folder.
+        run_folder: the run's folder, a path or a URL.
         subproblem: the member's number.
 
     Returns:
@@ -84,22 +99,23 @@ def load_model(run_folder: str | Path, subproblem: int) -> nn.Module:
         RequestError: the folder is no run's, the member has no weights there, or they do not fit the model that
             the problem builds now.
     """
-    # Here and not above: reading a front needs no problem, and the folder module imports this one.
+    # Here and not above: reading a front needs no problem.
     from popmtl.problems.registry import load_problem
-    from popmtl.runs.folder import RunFolder
 
     folder = RunFolder(run_folder)
     parameters = dict(folder.config()["problem"])
     name = parameters.pop("name")
-    path = folder.pareto / model_file(subproblem)
-    if not path.exists():
-        present = sorted(int(file.parent.name) for file in folder.pareto.glob("models/*/model.safetensors"))
-        raise RequestError(f"{folder.path} has no model of subproblem {subproblem}; it has those of {present}")
+    file = f"pareto/{model_file(subproblem)}"
+    if not folder.files.entry(file):
+        present = sorted(int(number) for number in folder.files.children("pareto/models"))
+        raise RequestError(f"{folder.location} has no model of subproblem {subproblem}; it has those of {present}")
     model = load_problem(name, parameters).model()
+    with folder.fetched(file) as path:
+        state = load_state(path)
     try:
-        model.load_state_dict(load_state(path), strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise RequestError(f"{path} does not fit the model of problem {name!r}: {error}") from error
+        raise RequestError(f"{folder.files.where(file)} does not fit the model of problem {name!r}: {error}") from error
     return model.eval()
 
 

@@ -251,7 +251,7 @@ class Sender:
         example = load_problem(parameters.pop("name"), parameters).example_input()
         if example is None:
             return None
-        model: nn.Module = load_model(self._folder.path, subproblem).cpu().eval()
+        model: nn.Module = load_model(self._folder.location, subproblem).cpu().eval()
         # Two examples: with one, the exported program would take batches of one only.
         inputs = example[:2].detach().cpu()
         with tempfile.TemporaryDirectory() as folder:

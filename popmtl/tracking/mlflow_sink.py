@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Models = Literal["front", "all", "none"]
 
+SQLITE = "sqlite:///"
 # Points of a curve of training losses; each is the mean over its share of the run's steps.
 CURVE_POINTS = 300
 # Seconds between two tries while MLflow is away: doubled from the first to the last; at a run's end, the second.
@@ -121,15 +123,14 @@ class MlflowSink:
         params = _flattened(config)
         uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or last.get("uri")
         if not uri:
-            uri = f"sqlite:///{folder.storage.resolve()}/mlflow.db"
+            uri = f"{SQLITE}{folder.storage.resolve()}/mlflow.db"
         experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or last.get("experiment")
         opening: Entry = {
             "id": last.get("id") or uuid.uuid4().hex,
             "uri": uri,
             "experiment": experiment or f"popmtl/{config_name or folder.name}",
             "parent": os.environ.get("MLFLOW_RUN_ID") or last.get("parent"),
-            # A server has its own place for artifacts. A database has ./mlruns, whatever folder that may be.
-            "artifacts": None if is_served(uri) else (folder.storage.resolve() / "mlartifacts").as_uri(),
+            "artifacts": _artifacts(uri, folder),
             "run_name": folder.name,
             "objectives": list(objectives),
             "weights": np.asarray(weights, dtype=np.float64).tolist(),
@@ -232,7 +233,7 @@ class MlflowSink:
         self._abandoned.set()
         if left := len(self._outbox):
             self._messages[
-                f"{left} entries were not sent to {self.uri}; popmtl track {self._folder.path} sends them"
+                f"{left} entries were not sent to {self.uri}; popmtl track {self._folder.location} sends them"
             ] = None
         return list(self._messages)
 
@@ -266,11 +267,24 @@ class MlflowSink:
             entry = self._outbox.next(SAVE_SECONDS)
             if entry is None and self._closing.is_set():
                 break
-            if entry is not None and not self._deliver(sender, entry):
+            if entry is not None and not (self._is_kept() and self._deliver(sender, entry)):
                 break
             if time.monotonic() - self._saved >= SAVE_SECONDS:
                 self._save()
         self._save()
+
+    def _is_kept(self) -> bool:
+        """Has the journal hold what is to be sent, before it is: a resumed run would add it again with a new time."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                self._folder.flush()
+            except OSError:  # noqa: PERF203  # the folder has said so, and tries again
+                if self._abandoned.wait(pause):
+                    return False
+                pause = min(2 * pause, LAST_PAUSE)
+            else:
+                return True
 
     def _deliver(self, sender: Sender, entry: Entry) -> bool:
         """Sends the entry, however long MLflow is away; whether to go on with the next one."""
@@ -328,7 +342,7 @@ def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
     journal = folder.lines(JOURNAL)
     openings = [entry for entry in journal if entry["kind"] == "opening"]
     if not openings:
-        raise RequestError(f"{folder.path}: this run has nothing for MLflow; its tracking was not enabled")
+        raise RequestError(f"{folder.location}: this run has nothing for MLflow; its tracking was not enabled")
     sink = MlflowSink(folder, journal, openings[-1], 0)
     if journal[-1]["kind"] != "closing":
         sink._outbox.add("closing", {"status": "KILLED"})
@@ -377,6 +391,20 @@ class _Curves:
         _, starts, counts = np.unique((steps - 1) // self._width, return_index=True, return_counts=True)
         sums = np.add.reduceat(losses, starts, axis=0)
         return steps[starts + counts - 1], sums / counts[:, None, None]
+
+
+def _artifacts(uri: str, folder: RunFolder) -> str | None:
+    """Where an experiment's files go; None for the place that MLflow takes by itself.
+
+    That is the server's own, or, with a database alone, ./mlruns, whatever folder that may be.
+    """
+    if is_served(uri):
+        return None
+    if folder.files.path:
+        return (folder.storage.resolve() / "mlartifacts").as_uri()
+    return (
+        (Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
+    )
 
 
 def _description(entry: Entry) -> str:

@@ -64,8 +64,6 @@ class Outbox:
         self.sent = _read_cursor(folder, place)
         # The disk may have lost the last lines in a crash, and kept the cursor.
         self.sent.count = min(self.sent.count, len(journal))
-        if journal and not folder.read(JOURNAL).endswith(b"\n"):  # a line that a crash cut short must not be continued
-            folder.write(JOURNAL, "".join(to_json(entry) + "\n" for entry in journal).encode())
         refused = set(self.sent.refused)
         self._waiting = deque((n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in refused)
         self._total = len(journal)

@@ -1,16 +1,17 @@
 """A checkpoint that is not whole is never resumed from, whatever happened to it."""
 
 import json
-import shutil
 
 import pytest
 import torch
 
+from popmtl.errors import CheckpointDamaged
 from popmtl.runs.checkpoint import (
-    checkpoint_path,
+    checkpoint_name,
     checkpoints,
     commit,
     damage,
+    files_of,
     keep_last,
     last_whole,
     read_tensors,
@@ -21,55 +22,58 @@ from popmtl.runs.folder import RunFolder
 
 
 @pytest.fixture
-def folder(tmp_path):
-    made = RunFolder.create(tmp_path, "run")
+def folder(storage):
+    made = RunFolder.create(storage, "run")
     for step in (100, 200):
         write(made, step)
     return made
 
 
 def write(folder, step, committed=True):
-    path = checkpoint_path(folder, step)
+    name = checkpoint_name(step)
     files = [
-        write_tensors(path / subproblem_file(i), {"row": torch.full((5,), float(step + i))}, {"step": step})
+        write_tensors(
+            folder, f"{name}/{subproblem_file(i)}", {"row": torch.full((5,), float(step + i))}, {"step": step}
+        )
         for i in range(2)
     ]
     if committed:
-        commit(path, files, {"step": step})
+        commit(folder, name, files, {"step": step})
 
 
 def found(folder):
     complaints = []
     whole = last_whole(folder, complaints.append)
-    return (whole[0].name if whole else None), complaints
+    return (whole[0] if whole else None), complaints
 
 
 def test_what_was_written_comes_back_exactly(folder):
-    path = checkpoint_path(folder, 200)
-    tensors, numbers = read_tensors(path / subproblem_file(1))
+    name = checkpoint_name(200)
+    tensors, numbers = read_tensors(folder, name, files_of(folder, name)[1])
     assert torch.equal(tensors["row"], torch.full((5,), 201.0))
     assert numbers == {"step": 200}
     whole, course = last_whole(folder, pytest.fail)
-    assert (whole, course["step"]) == (path, 200)
-    assert not list(path.glob(".*")), "nothing is left beside the files"
+    assert (whole, course["step"]) == (name, 200)
+    assert sorted(folder.files.children(name)) == sorted(FILES), "nothing is left beside the files"
 
 
-def remove(file):
-    file.unlink()
+def remove(folder, name):
+    folder.files.remove(name)
 
 
-def empty(file):
-    file.write_bytes(b"")
+def empty(folder, name):
+    folder.write(name, b"")
 
 
-def cut(file):
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+def cut(folder, name):
+    content = folder.read(name)
+    folder.write(name, content[: len(content) // 2])
 
 
-def flip(file):
-    content = bytearray(file.read_bytes())
+def flip(folder, name):
+    content = bytearray(folder.read(name))
     content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    folder.write(name, bytes(content))
 
 
 FILES = ["manifest.json", "course.json", subproblem_file(0), subproblem_file(1)]
@@ -78,46 +82,59 @@ FILES = ["manifest.json", "course.json", subproblem_file(0), subproblem_file(1)]
 @pytest.mark.parametrize("harm", [remove, empty, cut, flip])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_passed_over_and_its_file_named(folder, name, harm):
-    path = checkpoint_path(folder, 200)
-    harm(path / name)
+    path = checkpoint_name(200)
+    harm(folder, f"{path}/{name}")
     latest, complaints = found(folder)
-    assert latest == "step-00000100"
+    assert latest == checkpoint_name(100)
     if (name, harm) == ("manifest.json", remove):
         assert complaints == [], "without its manifest it never was a checkpoint"
         return
     # A flipped bit of the manifest can fall into the name, size or digest of any file.
     assert len(complaints) == 1
-    assert str(path) in complaints[0]
+    assert path in complaints[0]
     assert name in complaints[0] or name == "manifest.json"
 
 
+@pytest.mark.parametrize("storage", ["path"], indirect=True)
 def test_any_flipped_byte_of_any_file_is_found(folder):
-    path = checkpoint_path(folder, 200)
+    checkpoint = checkpoint_name(200)
+    path = folder.path / checkpoint
     for name in FILES:
         original = (path / name).read_bytes()
         for position in range(len(original)):
             content = bytearray(original)
             content[position] ^= 1
             (path / name).write_bytes(content)
-            if damage(path) is None:
+            if damage(folder, checkpoint) is None:
                 same = json.loads(content) == json.loads(original) if name == "manifest.json" else False
                 assert same, f"byte {position} of {name}"
         (path / name).write_bytes(original)
-    assert damage(path) is None
+    assert damage(folder, checkpoint) is None
+
+
+@pytest.mark.parametrize("harm", [remove, empty, cut, flip])
+def test_who_reads_a_file_finds_its_damage_and_the_checkpoint_can_be_passed_over(folder, harm):
+    name = checkpoint_name(200)
+    files = files_of(folder, name)
+    harm(folder, f"{name}/{files[1].name}")
+    assert torch.equal(read_tensors(folder, name, files[0])[0]["row"], torch.full((5,), 200.0))
+    with pytest.raises(CheckpointDamaged, match=files[1].name):
+        read_tensors(folder, name, files[1])
+    assert last_whole(folder, lambda what: None, without={name}, contents=False)[0] == checkpoint_name(100)
 
 
 def test_what_was_begun_and_not_committed_is_no_checkpoint(folder):
     write(folder, 300, committed=False)
-    assert found(folder) == ("step-00000200", [])
+    assert found(folder) == (checkpoint_name(200), [])
 
 
 def test_without_a_whole_checkpoint_there_is_none(folder):
     for step in (100, 200):
-        empty(checkpoint_path(folder, step) / subproblem_file(0))
+        empty(folder, f"{checkpoint_name(step)}/{subproblem_file(0)}")
     latest, complaints = found(folder)
     assert latest is None
     assert len(complaints) == 2
-    shutil.rmtree(folder.path / "checkpoints")
+    folder.files.remove_folder("checkpoints")
     assert found(folder) == (None, [])
 
 
@@ -126,15 +143,15 @@ def test_the_last_ones_are_kept_and_what_was_never_committed_goes_with_the_old(f
     write(folder, 300)
     write(folder, 400, committed=False)  # being written
     keep_last(folder, 2)
-    assert [path.name for path in checkpoints(folder)] == ["step-00000300", "step-00000200"]
-    left = sorted(path.name for path in (folder.path / "checkpoints").iterdir())
+    assert checkpoints(folder) == [checkpoint_name(300), checkpoint_name(200)]
+    left = sorted(folder.files.children("checkpoints"))
     assert left == ["step-00000200", "step-00000300", "step-00000400"]
 
 
 def test_a_version_that_is_not_ours_is_not_read(folder):
-    path = checkpoint_path(folder, 300)
-    file = write_tensors(path / subproblem_file(0), {"row": torch.zeros(1)}, {})
-    commit(path, [file], {"step": 300, "version": 99})
+    name = checkpoint_name(300)
+    file = write_tensors(folder, f"{name}/{subproblem_file(0)}", {"row": torch.zeros(1)}, {})
+    commit(folder, name, [file], {"step": 300, "version": 99})
     latest, complaints = found(folder)
-    assert latest == "step-00000200"
+    assert latest == checkpoint_name(200)
     assert "version 99" in complaints[0]

@@ -13,19 +13,29 @@ from popmtl.runs.folder import RunFolder
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return RunFolder.create(tmp_path / "storage", "first")
+def folder(storage):
+    return RunFolder.create(storage, "first")
 
 
+@pytest.mark.parametrize("storage", ["path", "file"], indirect=True)
 def test_create_makes_storage_and_folder(folder, tmp_path):
     assert folder.path == tmp_path / "storage" / "first"
     assert folder.path.is_dir()
     assert (folder.name, folder.storage, folder.pareto) == ("first", tmp_path / "storage", folder.path / "pareto")
 
 
-def test_create_refuses_an_existing_run(folder):
-    with pytest.raises(RequestError, match=r"storage/first exists already.*--run-name"):
-        RunFolder.create(folder.storage, "first")
+def test_create_refuses_an_existing_run(folder, storage):
+    folder.write_config({"seed": 1})
+    with pytest.raises(RequestError, match=r"/first.* exists already.*--run-name"):
+        RunFolder.create(storage, "first")
+    assert folder.config() == {"seed": 1}
+
+
+@pytest.mark.parametrize("storage", ["hdfs", "s3"], indirect=True)
+def test_a_folder_behind_a_url_has_no_path(folder):
+    assert folder.name == "first"
+    with pytest.raises(ValueError, match=r"first.* is not on this machine's disk"):
+        _ = folder.pareto
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
@@ -62,7 +72,7 @@ def test_config_keeps_its_order_and_types(folder):
     folder.write_config(config)
     assert folder.config() == config
     assert list(folder.config()) == ["problem", "a", "rate"]
-    assert os.listdir(folder.path) == ["config.yaml"]
+    assert folder.files.children("") == ["config.yaml"]
 
 
 def test_config_refuses_what_only_python_can_read(folder):
@@ -70,17 +80,17 @@ def test_config_refuses_what_only_python_can_read(folder):
     with pytest.raises(yaml.representer.RepresenterError, match="cannot represent"):
         folder.write_config({"rate": np.float64(1.0)})
     assert folder.config() == {"seed": 1}
-    assert os.listdir(folder.path) == ["config.yaml"]
+    assert folder.files.children("") == ["config.yaml"]
 
 
-def test_config_of_no_run_folder(tmp_path):
-    with pytest.raises(RequestError, match=f"{tmp_path} is not a run folder"):
-        RunFolder(tmp_path).config()
+def test_config_of_no_run_folder(storage):
+    with pytest.raises(RequestError, match="is not a run folder"):
+        RunFolder(storage).config()
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1"])
 def test_config_that_is_damaged(folder, text):
-    (folder.path / "config.yaml").write_text(text)
+    folder.write("config.yaml", text.encode())
     with pytest.raises(RequestError, match=r"config\.yaml"):
         folder.config()
 
@@ -90,7 +100,8 @@ def test_metrics_are_json_lines_with_null_for_what_is_not_finite(folder):
         {"step": 1, "hypervolume": np.float64(0.5), "losses": np.array([[1.0, np.nan], [np.inf, 2.0]])}
     )
     folder.append_metrics({"step": np.int64(2), "hypervolume": float("nan"), "name": "é"})
-    lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    folder.flush()
+    lines = folder.read("metrics.jsonl").decode().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == folder.metrics()
     assert folder.metrics() == [
         {"step": 1, "hypervolume": 0.5, "losses": [[1.0, None], [None, 2.0]]},
@@ -98,6 +109,7 @@ def test_metrics_are_json_lines_with_null_for_what_is_not_finite(folder):
     ]
 
 
+@pytest.mark.parametrize("storage", ["path", "file"], indirect=True)
 def test_a_line_is_there_as_soon_as_it_is_appended_and_a_torn_one_is_not_read(folder):
     folder.append_metrics({"step": 1})
     with (folder.path / "metrics.jsonl").open("a") as file:
