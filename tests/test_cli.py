@@ -492,7 +492,7 @@ def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the
     data["checkpoint"] = {"every_steps": 100}
     broken = shell.start("train.execution=loop", "--storage", s3, **data)
     run = RunFolder(joined(s3, "one"))
-    wait_for(broken, lambda: len(checkpoints(run)) == 2, 120)
+    wait_for(broken, lambda: len(checkpoints(run)) == 2, 240)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate(timeout=60)
     assert shell.survivors(30.0) == []

@@ -34,10 +34,11 @@ class Killer:
 
     def __call__(self, progress):
         if progress.stage == "training" and 500 <= progress.step < STEPS - 500 and len(self.pids) < self.times:
-            processes = psutil.process_iter(["cmdline", "create_time"])
-            workers = [p for p in processes if "SubproblemActor" in " ".join(p.info["cmdline"] or [])]
+            # Of this process: others on the machine may have actors too.
+            processes = psutil.Process().children(recursive=True)
+            workers = [p for p in processes if "SubproblemActor" in " ".join(p.cmdline())]
             # The latest: those of the run before may still be about to end.
-            victim = max(workers, key=lambda p: p.info["create_time"]).pid
+            victim = max(workers, key=lambda p: p.create_time()).pid
             os.kill(victim, signal.SIGKILL)
             self.pids.append(victim)
 
