@@ -51,7 +51,8 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed import driver
     from popmtl.distributed.placement import local_resources
     from popmtl.distributed.plan import make_plan
-    from popmtl.runs.folder import RunFolder
+    from popmtl.distributed.resumption import find_checkpoint
+    from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.tracking.links import run_url, server_command
 
     if options.resume:
@@ -83,6 +84,15 @@ def train(options: argparse.Namespace) -> None:
             run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             folder = RunFolder.create(config.storage, run_name)
         session.enter_context(folder.held())
+        if options.resume:
+            damaged: list[str] = []
+            with folder.held(COORDINATOR_LOCK, wait=config.resources.start_timeout):  # of a run that was just killed
+                checkpoint = find_checkpoint(folder, plan, damaged.append)
+            print_warnings(console, [f"damaged checkpoint, passed over: {what}" for what in damaged])
+            begins = (
+                f"goes on from {checkpoint[0].name}" if checkpoint else "has no checkpoint: starts from the beginning"
+            )
+            console.print(f"run {folder.path} {begins}", highlight=False, soft_wrap=True)
         folder.write_config(config.resolved())
         console.print(f"run {folder.path}", highlight=False, soft_wrap=True)
         if plan.transfers:

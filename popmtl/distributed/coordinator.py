@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,16 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from popmtl.distributed.mixing.coordinator import Exchange
 from popmtl.distributed.placement import Placement, rank_order
-from popmtl.distributed.plan import DIVERGENCE, RunPlan
+from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
+from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, Steps, SubproblemActor
-from popmtl.errors import ActorLost, RunError
+from popmtl.errors import ActorLost, NoRoom, RequestError, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
@@ -31,8 +33,8 @@ from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
-from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last, last_whole
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last
+from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_model, model_file, write_front, write_model
 from popmtl.tracking.links import Location
@@ -45,6 +47,9 @@ CHUNK_SECONDS = 2.0
 
 CAUSE_SECONDS = 10.0
 """How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
+
+ROOM_SECONDS = 30.0
+"""How long a run that lost actors waits for room for as many, before it goes on with fewer."""
 
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
@@ -105,6 +110,7 @@ class Coordinator:
         self.course = self._new_course()
         self.resumption: Resumption | None = None
         self.executions: list[Execution] | None = None
+        self.generation, self.was_ready = 0, False
         self.pending: tuple[Path, dict[str, Any]] | None = None
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
@@ -121,6 +127,10 @@ class Coordinator:
             RunError: it failed; the message names the cause.
             asyncio.CancelledError: it was stopped.
         """
+        async with self._alone():
+            return await self._run()
+
+    async def _run(self) -> Report:
         kind = "resumed" if self.resumes else "started"
         self.folder.append_event(kind, actors=self.plan.placement.describe(), transport=asdict(self.plan.transport))
         self.task = asyncio.ensure_future(self._stages())
@@ -156,6 +166,22 @@ class Coordinator:
         if self.task:
             self.task.cancel()
 
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Waits for the end of the coordinator that had this folder before: its driver may have died before it."""
+        limit = self.plan.config.resources.start_timeout
+        deadline = time.monotonic() + limit
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self.folder.held(COORDINATOR_LOCK))
+                    break
+                except RequestError as error:
+                    if time.monotonic() > deadline:
+                        raise RunError(f"{error}, since {limit:g} s (resources.start_timeout)") from None
+                await asyncio.sleep(0.1)
+            yield
+
     async def _stages(self) -> Report:
         if self.plan.config.tracking.enabled:
             self.sink = MlflowSink.open(
@@ -179,7 +205,7 @@ class Coordinator:
             except (ActorLost, ConnectionError, TimeoutError, GetTimeoutError) as error:  # noqa: PERF203  # seldom
                 failures += 1
                 # Actors that never came to be ready would not the next time either.
-                if failures > self.plan.config.recovery.max_failures or self.executions is None:
+                if failures > self.plan.config.recovery.max_failures or not self.was_ready:
                     raise
                 reason = describe_failure(error)
                 self.folder.append_event("recovering", failure=failures, step=self.course.step, error=reason)
@@ -193,7 +219,8 @@ class Coordinator:
 
     def _rewind(self) -> None:
         """Goes back to the last checkpoint that is whole, or to the start: rows of different steps do not mix."""
-        found = last_whole(self.folder, lambda what: self.folder.append_event("damaged checkpoint", what=what))
+        complain = lambda what: self.folder.append_event("damaged checkpoint", what=what)  # noqa: E731
+        found = find_checkpoint(self.folder, self.plan, complain)
         self.course, self.resumption, self.pending = self._new_course(), None, None
         step = -1
         if found:
@@ -215,10 +242,11 @@ class Coordinator:
         """
         await self._commit(wait=True)
         step = self.course.step + (fine_tuned or 0)
-        path = checkpoint_path(self.folder, step)
+        path = checkpoint_path(self.folder, step, self.generation)
         await self._all("checkpoint", path)
         course, executions = self.course.state(), self.executions
         record = {"step": step, "fine_tuned": fine_tuned, "executions": executions, "course": course}
+        record["identity"] = self.plan.identity
         self.pending, self.last_checkpoint = (path, record), time.monotonic()
 
     async def _commit(self, *, wait: bool) -> None:
@@ -235,7 +263,8 @@ class Coordinator:
             except OSError as error:
                 failed = str(error)
         kind = "checkpoint" if failed is None else "checkpoint failed"
-        self.folder.append_event(kind, step=record["step"], **({} if failed is None else {"error": failed}))
+        why = {} if failed is None else {"error": failed}
+        self.folder.append_event(kind, step=record["step"], checkpoint=path.name, **why)
 
     def _checkpoint_due(self, step: int) -> bool:
         checkpoint = self.plan.config.checkpoint
@@ -251,8 +280,10 @@ class Coordinator:
 
     async def _start_actors(self) -> None:
         limit = self.plan.config.resources.start_timeout
+        starts = ("started", "resumed", "recovering")  # one of them precedes each start of actors
+        self.generation = sum(event["kind"] in starts for event in self.folder.events()) - 1
+        crew = await self._find_room(limit)
         self.mixing = Exchange(len(self.plan.placement.rows))
-        crew = await start_actors(self.plan.placement, limit)
         self.group, self.actors, hosts = crew.group, crew.actors, crew.hosts
         if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
             raise RunError(
@@ -264,12 +295,34 @@ class Coordinator:
         meet: Any = self.actors[0].meet.remote(self.plan, hosts[0])
         meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
         me = ray.get_runtime_context().current_actor
-        arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions)
+        arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self._all("setup", *arguments, timeout=limit, setting="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
-        self.folder.append_event("ready", hosts=crew.hosts, executions=executions)
+        self.was_ready = True
+        self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
+
+    async def _find_room(self, limit: float) -> Crew:
+        """Starts the actors; where a run that had them finds no room for as many any more, fewer."""
+        placement = self.plan.placement
+        if not self.was_ready:
+            return await start_actors(placement, limit)
+        try:
+            return await start_actors(placement, min(limit, ROOM_SECONDS))
+        except NoRoom:
+            actors = room(placement)
+        if 0 < actors < len(placement.rows):
+            self.plan = await asyncio.to_thread(replan, self.plan, actors, ray.cluster_resources())
+            execution = set(self.executions or ())
+            self.executions = [*execution] * actors if len(execution) == 1 else None
+            self.folder.append_event(
+                "fewer actors",
+                were=placement.describe(),
+                actors=self.plan.placement.describe(),
+                transport=asdict(self.plan.transport),
+            )
+        return await start_actors(self.plan.placement, limit)
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
@@ -433,7 +486,7 @@ class Coordinator:
             return await asyncio.wait_for(call, limit)
         except asyncio.TimeoutError:
             raise ActorLost(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError, NodeDiedError) as error:
             raise ActorLost(f"{name} died: {error}") from error
 
     def _enter(self, stage: Stage, steps: int) -> None:
@@ -475,7 +528,7 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
         actor: class of the actors, made with their rank.
 
     Raises:
-        RunError: there was no room in time; what is free.
+        NoRoom: there was none in time; what is free.
     """
     bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
     group = placement_group([bundle] * len(placement.rows), strategy="PACK")
@@ -483,7 +536,7 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
         await asyncio.wait_for(_awaitable(group.ready()), limit)
     except asyncio.TimeoutError:
         remove_placement_group(group)
-        raise RunError(
+        raise NoRoom(
             f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
             f"free now: {_resources(ray.available_resources())}"
         ) from None
@@ -496,6 +549,17 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
         options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
         actors.append(actor.options(**options).remote(rank))
     return Crew(group, actors, [addresses[nodes[index]] for index in order])
+
+
+def room(placement: Placement) -> int:
+    """How many actors of a placement the nodes that are there now could hold."""
+
+    def fit(resources: Mapping[str, float]) -> int:
+        by_cpu = int(resources.get("CPU", 0.0) / placement.cpus + 1e-9)
+        return min(by_cpu, int(resources.get("GPU", 0.0) / placement.gpus + 1e-9)) if placement.gpus else by_cpu
+
+    # What is free is known for all nodes together only; what is whole, for each.
+    return min(sum(fit(node["Resources"]) for node in ray.nodes() if node["Alive"]), fit(ray.available_resources()))
 
 
 def _is_collateral(error: BaseException) -> bool:

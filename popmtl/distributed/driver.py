@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from popmtl.distributed.coordinator import Coordinator, Progress, Report, describe_failure
 from popmtl.distributed.plan import RunPlan
@@ -85,7 +86,10 @@ def run(
         RunError: the run failed.
         KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
     """
-    coordinator = _Coordinator.options(num_cpus=0).remote(plan, folder, config_name, resumes)
+    # Ray places what takes no resources anywhere; beside the driver, the loss of another node cannot take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes)
     ending = coordinator.run.remote()
     try:
         with _signals_interrupt():

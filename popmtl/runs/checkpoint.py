@@ -19,10 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from popmtl.errors import RequestError
 from popmtl.runs.files import replacing
 from popmtl.runs.folder import RunFolder
 
-VERSION = 1
+VERSION = 2
 MANIFEST, COURSE = "manifest.json", "course.json"
 
 
@@ -35,9 +36,16 @@ class WrittenFile:
     sha256: str
 
 
-def checkpoint_path(folder: RunFolder, step: int) -> Path:
-    """Where the checkpoint of a step is; steps of both stages count."""
-    return folder.path / "checkpoints" / f"step-{step:08d}"
+def checkpoint_path(folder: RunFolder, step: int, generation: int = 0) -> Path:
+    """Where the checkpoint of a step is.
+
+    Args:
+        folder: of the run.
+        step: steps of both stages count.
+        generation: how often actors were started before. An actor that was given up may still be writing when those
+            that follow it come to the same step: they never write to the same place.
+    """
+    return folder.path / "checkpoints" / (f"step-{step:08d}" + (f"-{generation:04d}" if generation else ""))
 
 
 def subproblem_file(subproblem: int) -> str:
@@ -112,11 +120,43 @@ def last_whole(folder: RunFolder, complain: Callable[[str], None]) -> tuple[Path
         if damaged := damage(path):
             complain(damaged)
             continue
-        course = json.loads((path / COURSE).read_bytes())
-        if course["version"] != VERSION:
-            complain(f"{path / COURSE} is of version {course['version']}, which this PopMTL does not read")
+        try:
+            course = json.loads((path / COURSE).read_bytes())
+            version = course["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            complain(f"{path / COURSE} is not a course of PopMTL")
+            continue
+        if version != VERSION:
+            complain(f"{path / COURSE} is of version {version}, which this PopMTL does not read")
             continue
         return path, course
+    return None
+
+
+def last_of_run(folder: RunFolder, complain: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """As `last_whole`, but None only for a run that never had a checkpoint, and may begin again.
+
+    Raises:
+        RequestError: it had some, and none is whole; what is wrong with each, naming the file.
+    """
+    complaints: list[str] = []
+
+    def hear(what: str) -> None:
+        complaints.append(what)
+        complain(what)
+
+    if found := last_whole(folder, hear):
+        return found
+    names = {event.get("checkpoint", "") for event in folder.events() if event["kind"] == "checkpoint"}
+    begun = sorted(name for name in names if (folder.path / "checkpoints" / name).is_dir())
+    present = [path.name for path in checkpoints(folder)]
+    complaints += [
+        f"{folder.path / 'checkpoints' / name / MANIFEST} is missing" for name in begun if name not in present
+    ]
+    if names and not complaints:
+        complaints = [f"{folder.path / 'checkpoints'} holds none of those that were written"]
+    if complaints:
+        raise RequestError(f"{folder.path}: no checkpoint is whole: {'; '.join(complaints)}")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -19,6 +20,9 @@ from popmtl.runs.front import Front
 
 ENDS = ("finished", "failed", "interrupted")
 """Events that end a run."""
+
+COORDINATOR_LOCK = ".coordinator.lock"
+"""See `RunFolder.held`."""
 
 
 class RunFolder:
@@ -88,17 +92,27 @@ class RunFolder:
             beside.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, lock: str = ".lock", wait: float = 0.0) -> Iterator[None]:
         """Keeps every other process from working in this folder at the same time.
 
+        Args:
+            lock: file that stands for the right to. The driver's is the default; the coordinator, which can outlive a
+                driver that was killed by some seconds, has COORDINATOR_LOCK.
+            wait: seconds to wait for the one who has it.
+
         Raises:
-            RequestError: one already does.
+            RequestError: one already does, and goes on for longer.
         """
-        with (self.path / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RequestError(f"{self.path}: this run is being worked on by another process") from error
+        deadline = time.monotonic() + wait
+        with (self.path / lock).open("a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        raise RequestError(f"{self.path}: this run is being worked on by another process") from error
+                time.sleep(0.1)
             yield
 
     def state(self) -> str:
@@ -113,8 +127,8 @@ class RunFolder:
 
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details."""
-        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self.append("events.jsonl", {"time": time, "kind": kind, **details})
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self.append("events.jsonl", {"time": now, "kind": kind, **details})
 
     def config(self) -> dict[str, Any]:
         """The content of config.yaml.
