@@ -10,6 +10,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import ray
@@ -48,8 +49,8 @@ CHUNK_SECONDS = 2.0
 CAUSE_SECONDS = 10.0
 """How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
 
-ROOM_SECONDS = 30.0
-"""How long a run that lost actors waits for room for as many, before it goes on with fewer."""
+ROOM_SECONDS = 10.0
+"""How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
 
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
@@ -305,13 +306,18 @@ class Coordinator:
 
     async def _find_room(self, limit: float) -> Crew:
         """Starts the actors; where a run that had them finds no room for as many any more, fewer."""
-        placement = self.plan.placement
+        placement, deadline = self.plan.placement, time.monotonic() + limit
         if not self.was_ready:
             return await start_actors(placement, limit)
-        try:
-            return await start_actors(placement, min(limit, ROOM_SECONDS))
-        except NoRoom:
-            actors = room(placement)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                return await start_actors(placement, min(left, ROOM_SECONDS))
+            except NoRoom:
+                # What others have taken may become free again; a node that is gone is seldom back in seconds.
+                actors = room(placement, free=left <= ROOM_SECONDS)
+                if actors < len(placement.rows) or left <= ROOM_SECONDS:
+                    break
         if 0 < actors < len(placement.rows):
             self.plan = await asyncio.to_thread(replan, self.plan, actors, ray.cluster_resources())
             execution = set(self.executions or ())
@@ -531,7 +537,8 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
         NoRoom: there was none in time; what is free.
     """
     bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
-    group = placement_group([bundle] * len(placement.rows), strategy="PACK")
+    name = f"{group_prefix(ray.get_runtime_context().get_actor_id())}{uuid4().hex}"
+    group = placement_group([bundle] * len(placement.rows), strategy="PACK", name=name)
     try:
         await asyncio.wait_for(_awaitable(group.ready()), limit)
     except asyncio.TimeoutError:
@@ -551,15 +558,20 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
     return Crew(group, actors, [addresses[nodes[index]] for index in order])
 
 
-def room(placement: Placement) -> int:
-    """How many actors of a placement the nodes that are there now could hold."""
+def group_prefix(creator: str | None) -> str:
+    """What the names of the placement groups begin with that an actor of this id makes."""
+    return f"popmtl-{creator}-"
+
+
+def room(placement: Placement, *, free: bool) -> int:
+    """How many actors of a placement the nodes that are there could hold; or, if `free`, can beside what they do."""
 
     def fit(resources: Mapping[str, float]) -> int:
         by_cpu = int(resources.get("CPU", 0.0) / placement.cpus + 1e-9)
         return min(by_cpu, int(resources.get("GPU", 0.0) / placement.gpus + 1e-9)) if placement.gpus else by_cpu
 
-    # What is free is known for all nodes together only; what is whole, for each.
-    return min(sum(fit(node["Resources"]) for node in ray.nodes() if node["Alive"]), fit(ray.available_resources()))
+    whole = sum(fit(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return min(whole, fit(ray.available_resources())) if free else whole
 
 
 def _is_collateral(error: BaseException) -> bool:

@@ -21,6 +21,15 @@ def ray_of_four():
             yield resources
 
 
+def run_in(storage, name, resources, data, show=lambda progress: None, *, resumes=False):
+    """Runs a config, given as plain data, in a new folder, or goes on with it; its plan, folder and report."""
+    config = Config.model_validate({"tracking": {"enabled": False}, **data})
+    plan = make_plan(config, {**resources, "GPU": 0.0})
+    folder = RunFolder(storage / name) if resumes else RunFolder.create(storage, name)
+    folder.write_config(config.resolved())
+    return plan, folder, driver.run(plan, folder.path, "test", show, resumes=resumes)
+
+
 @pytest.fixture
 def run(ray_of_four, tmp_path):
     """Runs a config, given as plain data, and returns its plan, folder and report."""
@@ -29,10 +38,12 @@ def run(ray_of_four, tmp_path):
     def start(data, show=lambda progress: None):
         nonlocal runs
         runs += 1
-        config = Config.model_validate({"tracking": {"enabled": False}, **data})
-        plan = make_plan(config, {**ray_of_four, "GPU": 0.0})
-        folder = RunFolder.create(tmp_path / "runs", f"run-{runs}")
-        folder.write_config(config.resolved())
-        return plan, folder, driver.run(plan, folder.path, "test", show)
+        return run_in(tmp_path / "runs", f"run-{runs}", ray_of_four, data, show)
 
     return start
+
+
+@pytest.fixture
+def resume(ray_of_four, tmp_path):
+    """Goes on with the run of a name, which `run` started."""
+    return lambda name, data: run_in(tmp_path / "runs", name, ray_of_four, data, resumes=True)
