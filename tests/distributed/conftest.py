@@ -2,11 +2,9 @@ import functools
 
 import pytest
 import ray
+from running import run_in
 
-from popmtl.config import Config
 from popmtl.distributed import driver
-from popmtl.distributed.plan import make_plan
-from popmtl.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -19,15 +17,6 @@ def ray_of_four():
         patch.setattr(ray, "init", functools.partial(ray.init, num_gpus=3))
         with driver.cluster(None, cpus=4) as resources:
             yield resources
-
-
-def run_in(storage, name, resources, data, show=lambda progress: None, *, resumes=False):
-    """Runs a config, given as plain data, in a new folder, or goes on with it; its plan, folder and report."""
-    config = Config.model_validate({"tracking": {"enabled": False}, **data})
-    plan = make_plan(config, {**resources, "GPU": 0.0})
-    folder = RunFolder(storage / name) if resumes else RunFolder.create(storage, name)
-    folder.write_config(config.resolved())
-    return plan, folder, driver.run(plan, folder.path, "test", show, resumes=resumes)
 
 
 @pytest.fixture
