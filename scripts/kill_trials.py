@@ -585,7 +585,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.node:
         with working_folder(options.keep) as folder:
-            sys.exit(0 if node_trials(folder) else 1)
+            try:
+                good = node_trials(folder)
+            except RunError as error:
+                sys.exit(f"kill_trials: {error}")
+        sys.exit(0 if good else 1)
     with working_folder(options.keep) as folder, driver.cluster(None, ACTORS) as resources:
         good = kill_trials(options.trials, options.seed, folder, resources)
     sys.exit(0 if good else 1)

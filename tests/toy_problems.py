@@ -1,7 +1,7 @@
 """A problem for the tests that Ray's workers import by name, and a config that runs it."""
 
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -93,10 +93,12 @@ class LosesItsConnections(NoisyRegression):
 
 def connections_to_actors():
     """The TCP connections of this process with other actors'; what Ray needs of them is not among these."""
-    processes = [p for p in psutil.process_iter(["cmdline"]) if "SubproblemActor" in "".join(p.info["cmdline"] or [])]
-    others = [p for p in processes if p.pid != psutil.Process().pid]
-    ends = {c.laddr for p in others for c in p.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
-    return [c for c in psutil.Process().net_connections("tcp") if c.raddr and c.raddr in ends]
+    me, ends = psutil.Process(), set()
+    for process in me.parent().children():
+        with suppress(psutil.Error):
+            if process != me and "SubproblemActor" in "".join(process.cmdline()):
+                ends |= {c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+    return [c for c in me.net_connections("tcp") if c.raddr and c.raddr in ends]
 
 
 def config(actors, order="consensus", optimizer=None, **more):

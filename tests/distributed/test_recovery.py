@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 import torch
-from kill_trials import being_written, is_worker
+from kill_trials import being_written, workers
 from running import run_in
 from toy_problems import config
 
@@ -52,12 +52,6 @@ def assert_equal(folder, theirs):
     assert folder.front() == theirs.front()
 
 
-def processes(kind):
-    """The ids of the processes of Ray actors of a class, the latest last: earlier ones may be about to end."""
-    found = [p for p in psutil.process_iter(["create_time"]) if is_worker(p, kind)]
-    return [p.pid for p in sorted(found, key=lambda p: p.info["create_time"])]
-
-
 class Killer:
     """Sends a process a signal when the run is in the middle of the steps of a stage, so many times."""
 
@@ -74,7 +68,7 @@ class Killer:
             self.strike()
 
     def strike(self):
-        victim = processes(self.kind)[-1]
+        victim = workers(os.getpid(), self.kind)[-1]  # the latest: earlier ones may be about to end
         os.kill(victim, self.how)
         self.pids.append(victim)
 

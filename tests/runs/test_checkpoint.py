@@ -131,6 +131,14 @@ def test_the_last_ones_are_kept_and_what_was_never_committed_goes_with_the_old(f
     assert left == ["step-00000200", "step-00000300", "step-00000400"]
 
 
+def test_those_who_were_started_again_write_elsewhere_and_what_they_write_is_later(folder):
+    paths = [checkpoint_path(folder, 300, generation) for generation in (0, 1, 2)] + [checkpoint_path(folder, 301)]
+    assert len(set(paths)) == 4
+    for path in paths:
+        commit(path, [], {"step": 300})
+    assert checkpoints(folder)[:4] == paths[::-1]
+
+
 def test_a_version_that_is_not_ours_is_not_read(folder):
     path = checkpoint_path(folder, 300)
     file = write_tensors(path / subproblem_file(0), {"row": torch.zeros(1)}, {})
