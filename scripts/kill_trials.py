@@ -532,12 +532,14 @@ def undisturbed(trial: Trial, folder: Path, resources: Mapping[str, float]) -> R
     return run
 
 
-def kill_trials(trials: int, seed: int, folder: Path, resources: Mapping[str, float]) -> bool:
+def kill_trials(first: int, trials: int, seed: int, folder: Path, resources: Mapping[str, float]) -> bool:
     """All trials, in a table; whether nothing was lost in any."""
     start, outcomes = time.monotonic(), []
     columns = "{:>5}  {:<22} {:<14} {:<12} {:>5}  {:<22} {:>8}  {}"
     print(columns.format("trial", "killed", "transport", "stage", "step", "then", "seconds", "equal"), flush=True)
     for number, trial in enumerate(draw(trials, seed)):
+        if number < first:
+            continue
         reference, name = undisturbed(trial, folder, resources), f"trial-{number}"
         if trial.victim == "driver":
             outcome = by_command(trial, folder, name, reference)
@@ -579,6 +581,7 @@ def working_folder(keep: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument("--first", type=int, default=0, help="number of the trial to begin with, where some were done")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the runs there; default: a temporary folder")
     parser.add_argument("--node", action="store_true", help="lose nodes of a cluster instead of processes")
@@ -591,7 +594,7 @@ def main() -> None:
                 sys.exit(f"kill_trials: {error}")
         sys.exit(0 if good else 1)
     with working_folder(options.keep) as folder, driver.cluster(None, ACTORS) as resources:
-        good = kill_trials(options.trials, options.seed, folder, resources)
+        good = kill_trials(options.first, options.trials, options.seed, folder, resources)
     sys.exit(0 if good else 1)
 
 

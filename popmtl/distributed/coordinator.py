@@ -34,7 +34,7 @@ from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Evaluation
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
-from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last
+from popmtl.runs.checkpoint import checkpoint_path, commit, keep_last, set_aside_after
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_model, model_file, write_front, write_model
@@ -226,6 +226,7 @@ class Coordinator:
         step = -1
         if found:
             path, record = found
+            set_aside_after(self.folder, path)
             step = record["step"]
             self.course.restore(record["course"])
             assert self.course.ideal is not None  # observed before the first step

@@ -160,6 +160,16 @@ def last_of_run(folder: RunFolder, complain: Callable[[str], None]) -> tuple[Pat
     return None
 
 
+def set_aside_after(folder: RunFolder, path: Path) -> None:
+    """Lets damaged checkpoints after the one that the run goes on from count no more.
+
+    What follows is written later than they were, and may be of earlier steps.
+    """
+    for later in checkpoints(folder):
+        if later.name > path.name:
+            os.replace(later / MANIFEST, later / f"{MANIFEST}.damaged")
+
+
 def keep_last(folder: RunFolder, count: int) -> None:
     """Removes all but the last checkpoints, and what was begun and not committed before them."""
     kept = checkpoints(folder)[:count]

@@ -171,8 +171,13 @@ class RunFolder:
         """Adds a record to a file of JSON lines; what is not finite becomes null."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(to_json(record) + "\n")
+        with path.open("a+b") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, end - 1))
+            if end and stream.read(1) != b"\n":  # a crash cut the last line short; the next must not continue it
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)
+            stream.write((to_json(record) + "\n").encode())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a file of JSON lines in the order of writing; none where there is no file."""

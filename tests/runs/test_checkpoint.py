@@ -14,6 +14,7 @@ from popmtl.runs.checkpoint import (
     keep_last,
     last_whole,
     read_tensors,
+    set_aside_after,
     subproblem_file,
     write_tensors,
 )
@@ -137,6 +138,15 @@ def test_those_who_were_started_again_write_elsewhere_and_what_they_write_is_lat
     for path in paths:
         commit(path, [], {"step": 300})
     assert checkpoints(folder)[:4] == paths[::-1]
+
+
+def test_damaged_ones_that_are_passed_over_do_not_take_the_place_of_those_that_follow(folder):
+    empty(checkpoint_path(folder, 200) / subproblem_file(0))
+    whole, _ = last_whole(folder, lambda what: None)
+    set_aside_after(folder, whole)
+    commit(checkpoint_path(folder, 150, 1), [], {"step": 150})
+    keep_last(folder, 1)
+    assert [path.name for path in checkpoints(folder)] == ["step-00000150-0001"]
 
 
 def test_a_version_that_is_not_ours_is_not_read(folder):
