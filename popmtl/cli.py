@@ -51,7 +51,8 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed import driver
     from popmtl.distributed.placement import local_resources
     from popmtl.distributed.plan import make_plan
-    from popmtl.runs.folder import RunFolder
+    from popmtl.distributed.resumption import find_checkpoint
+    from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.storage import split
     from popmtl.tracking.links import run_url, server_command
 
@@ -86,8 +87,18 @@ def train(options: argparse.Namespace) -> None:
             run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             folder = RunFolder.create(config.storage, run_name)
         session.enter_context(folder.held())
+        if options.resume:
+            damaged: list[str] = []
+            with folder.held(COORDINATOR_LOCK, wait=config.resources.start_timeout):  # of a run that was just killed
+                # Behind a URL the contents are read once, by the actors.
+                contents = folder.files.path is not None
+                checkpoint = find_checkpoint(folder, plan, damaged.append, contents=contents)
+            print_warnings(console, [f"damaged checkpoint, passed over: {what}" for what in damaged])
+        begins = ""
+        if options.resume:
+            begins = f" goes on from {checkpoint[0]}" if checkpoint else " has no checkpoint: starts from the beginning"
         folder.write_config(config.resolved())
-        console.print(f"run {folder.location}", highlight=False, soft_wrap=True)
+        console.print(f"run {folder.location}{begins}", highlight=False, soft_wrap=True)
         if plan.transfers:
             console.print(f"transport {plan.transport.name}: {plan.transport.why}", highlight=False, soft_wrap=True)
         print_warnings(console, plan.warnings)

@@ -343,6 +343,11 @@ def resumed_config(own: Mapping[str, Any], given: str | Path | None, overrides: 
     return asked
 
 
+def decisive(config: Config) -> dict[str, Any]:
+    """The settings that a run cannot change on the way, by their dotted keys."""
+    return {key: value for key, value in _flat(config.resolved()).items() if not key.startswith(MAY_CHANGE)}
+
+
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted paths."""
     flat: dict[str, Any] = {}

@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """A run that started and failed. Exit code 1."""
 
 
+class NoRoom(RunError):  # noqa: N818  # it says what happened
+    """The cluster has no room for the actors."""
+
+
 class ActorLost(RunError):  # noqa: N818  # it says what happened
     """An actor died, or did not answer in time: the run can go on from its last checkpoint."""
 

@@ -19,9 +19,10 @@ import user_problems
 import yaml
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
-from popmtl.config import load_config
-from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, write_tensors
-from popmtl.runs.folder import RunFolder
+from popmtl.config import Config, load_config
+from popmtl.distributed.plan import make_plan
+from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, subproblem_file, write_tensors
+from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.results import load_model
 from popmtl.runs.storage import joined
 
@@ -214,6 +215,43 @@ def test_what_cannot_be_resumed_is_said(earlier, no_ray, capsys, tmp_path):
     assert "this run has finished" in capsys.readouterr().err
     assert main(["train"]) == BAD_REQUEST
     assert "give a CONFIG, or --resume RUN" in capsys.readouterr().err
+
+
+def test_a_resume_with_all_checkpoints_damaged_is_refused_and_the_files_named(earlier, no_ray, capsys):
+    for step in (1, 2):
+        name = checkpoint_name(step)
+        file = write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})
+        commit(earlier, name, [file], {"step": step})
+        earlier.append_event("checkpoint", step=step, checkpoint=name)
+    gone = [earlier.path / checkpoint_name(1) / "a.safetensors", earlier.path / checkpoint_name(2) / "manifest.json"]
+    for file in gone:
+        file.unlink()
+    before = (earlier.path / "config.yaml").read_bytes()
+    assert main(["train", "--resume", str(earlier.path), "resources.max_actors=1"]) == BAD_REQUEST
+    err = capsys.readouterr().err
+    assert all(f"{file} is missing" in err for file in gone)
+    assert (earlier.path / "config.yaml").read_bytes() == before
+
+
+def test_a_resume_with_a_config_that_was_edited_in_the_run_folder_is_refused(earlier, no_ray, capsys):
+    plan = make_plan(Config.model_validate(earlier.config()), {"CPU": 2.0})
+    name = checkpoint_name(10)
+    record = {"step": 10, "fine_tuned": None, "course": {"step": 10}, "identity": plan.identity}
+    commit(earlier, name, [write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})], record)
+    config = earlier.path / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 7").replace("strength: 0.5", "strength: 0.4"))
+    assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
+    err = capsys.readouterr().err
+    assert "seed: 0 in the checkpoint, 7 now" in err
+    assert "transfer.strength: 0.5 in the checkpoint, 0.4 now" in err
+
+
+def test_a_coordinator_that_outlives_its_driver_is_waited_for(earlier, no_ray, capsys):
+    with earlier.held(COORDINATOR_LOCK):
+        start = time.monotonic()
+        assert main(["train", "--resume", str(earlier.path), "resources.start_timeout=1"]) == BAD_REQUEST
+    assert time.monotonic() - start >= 1
+    assert "this run is being worked on by another process" in capsys.readouterr().err
 
 
 def test_the_runs_of_a_storage_folder_are_listed_with_how_they_stand(earlier, capsys):
@@ -460,14 +498,19 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(she
     assert straight.wait(timeout=240) == OK
     (shell.folder / "runs" / "one").rename(shell.folder / "runs" / "straight")
     broken = shell.start("train.execution=loop", **data)
-    wait_for(broken, lambda: checkpoints(shell.run), 120)
+    wait_for(broken, lambda: len(checkpoints(shell.run)) > 1, 120)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate(timeout=60)
     assert shell.survivors(30.0) == []
     assert shell.run.state() == "lost"
+    last, before, *_ = checkpoints(shell.run)
+    file = last / subproblem_file(1)
+    file.write_bytes(file.read_bytes()[:100])
     again = shell.start("--resume", "runs/one", named=False, **data)
-    _, err = again.communicate(timeout=240)
+    out, err = again.communicate(timeout=240)
     assert again.returncode == OK, err
+    assert f"damaged checkpoint, passed over: {file} has 100 bytes" in out
+    assert f"goes on from {before.name}" in out
     events = [event["kind"] for event in shell.run.events()]
     assert events.index("rewound") > events.index("resumed")
     undisturbed = RunFolder(shell.folder / "runs" / "straight")

@@ -1,5 +1,10 @@
 """A problem for the tests that Ray's workers import by name, and a config that runs it."""
 
+import socket
+from contextlib import closing, suppress
+from pathlib import Path
+
+import psutil
 import torch
 from torch import nn
 
@@ -82,6 +87,37 @@ class ReadsLate(NoisyRegression):
         hidden = model["trunk"][0](batch["x"]) * model["trunk"][1].weight.detach()
         y = hidden * model["trunk"][1].weight
         return torch.stack([(model[name](y)[:, 0]).square().mean() for name in self.objectives])
+
+
+class LosesItsConnections(NoisyRegression):
+    """At the draw of a batch, once, every connection between the process that draws it and another actor breaks."""
+
+    def __init__(self, marker, draw):
+        super().__init__()
+        self.marker, self.draw = Path(marker), draw
+
+    def batches(self, seed):
+        for drawn, batch in enumerate(super().batches(seed)):
+            if drawn == self.draw and connections_to_actors():
+                try:
+                    self.marker.touch(exist_ok=False)
+                except FileExistsError:
+                    pass
+                else:
+                    for connection in connections_to_actors():
+                        with closing(socket.fromfd(connection.fd, connection.family, connection.type)) as end:
+                            end.shutdown(socket.SHUT_RDWR)
+            yield batch
+
+
+def connections_to_actors():
+    """The TCP connections of this process with other actors'; what Ray needs of them is not among these."""
+    me, ends = psutil.Process(), set()
+    for process in me.parent().children():
+        with suppress(psutil.Error):
+            if process != me and "SubproblemActor" in "".join(process.cmdline()):
+                ends |= {c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED}
+    return [c for c in me.net_connections("tcp") if c.raddr and c.raddr in ends]
 
 
 def config(actors, order="consensus", optimizer=None, **more):

@@ -6,26 +6,28 @@ import asyncio
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from secrets import token_hex
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from popmtl.distributed.mixing.coordinator import Exchange
 from popmtl.distributed.placement import Placement, rank_order
-from popmtl.distributed.plan import DIVERGENCE, RunPlan
+from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
+from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, Steps, SubproblemActor
-from popmtl.errors import ActorLost, CheckpointDamaged, RunError
+from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RequestError, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
@@ -34,8 +36,8 @@ from popmtl.method.problem import Evaluation
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.runs import proof
-from popmtl.runs.checkpoint import checkpoint_name, commit, discard, files_of, keep_last, last_whole
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, discard, files_of, keep_last, set_aside
+from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
@@ -49,6 +51,9 @@ CHUNK_SECONDS = 2.0
 
 CAUSE_SECONDS = 10.0
 """How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
+
+ROOM_SECONDS = 10.0
+"""How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
 
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
@@ -113,8 +118,8 @@ class Coordinator:
         self.course = self._new_course()
         self.resumption: Resumption | None = None
         self.executions: list[Execution] | None = None
+        self.generation, self.was_ready = 0, False
         self.pending: tuple[str, dict[str, Any]] | None = None
-        self.damaged: set[str] = set()
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
         self.mixing = Exchange(len(plan.placement.rows))
@@ -130,6 +135,10 @@ class Coordinator:
             RunError: it failed; the message names the cause.
             asyncio.CancelledError: it was stopped.
         """
+        async with self._alone():
+            return await self._run()
+
+    async def _run(self) -> Report:
         kind = "resumed" if self.resumes else "started"
         self.folder.append_event(kind, actors=self.plan.placement.describe(), transport=asdict(self.plan.transport))
         self.task = asyncio.ensure_future(self._stages())
@@ -174,6 +183,22 @@ class Coordinator:
         if self.task:
             self.task.cancel()
 
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Waits for the end of the coordinator that had this folder before: its driver may have died before it."""
+        limit = self.plan.config.resources.start_timeout
+        deadline = time.monotonic() + limit
+        with ExitStack() as held:
+            while True:
+                try:
+                    held.enter_context(self.folder.held(COORDINATOR_LOCK))
+                    break
+                except RequestError as error:
+                    if time.monotonic() > deadline:
+                        raise RunError(f"{error}, since {limit:g} s (resources.start_timeout)") from None
+                await asyncio.sleep(0.1)
+            yield
+
     async def _stages(self) -> Report:
         if self.plan.config.tracking.enabled:
             self.sink = MlflowSink.open(
@@ -196,14 +221,14 @@ class Coordinator:
                 return await self._write_results(fine_tuned)
             except CheckpointDamaged as error:  # noqa: PERF203  # seldom
                 assert self.resumption is not None  # an actor has read it
-                self.damaged.add(self.resumption.checkpoint)
-                self.folder.append_event("damaged checkpoint", what=describe_failure(error))
+                self._event("damaged checkpoint", what=describe_failure(error))
                 self._release()
+                await asyncio.to_thread(set_aside, self.folder, self.resumption.checkpoint)
                 await self._rewind()
             except (ActorLost, ConnectionError, TimeoutError, GetTimeoutError) as error:
                 failures += 1
                 # Actors that never came to be ready would not the next time either.
-                if failures > self.plan.config.recovery.max_failures or self.executions is None:
+                if failures > self.plan.config.recovery.max_failures or not self.was_ready:
                     raise
                 reason = describe_failure(error)
                 self._event("recovering", failure=failures, step=self.course.step, error=reason)
@@ -223,11 +248,14 @@ class Coordinator:
             self._event("damaged checkpoint", what=what)
 
         # The actors read the contents, once, and say if they are damaged.
-        found = await asyncio.to_thread(last_whole, self.folder, complain, without=self.damaged, contents=False)
+        found = await asyncio.to_thread(find_checkpoint, self.folder, self.plan, complain, contents=False)
         self.course, self.resumption, self.pending = self._new_course(), None, None
         step = -1
         if found:
             name, record = found
+            for later in await asyncio.to_thread(checkpoints, self.folder):
+                if later > name:  # damaged; what follows is written later, and may be of earlier steps
+                    await asyncio.to_thread(set_aside, self.folder, later)
             step = record["step"]
             self.course.restore(record["course"])
             assert self.course.ideal is not None  # observed before the first step
@@ -246,10 +274,11 @@ class Coordinator:
         """
         await self._commit(wait=True)
         step = self.course.step + (fine_tuned or 0)
-        name = checkpoint_name(step)
+        name = checkpoint_name(step, self.generation)
         await self._all("checkpoint", name)
         course, executions = self.course.state(), self.executions
         record = {"step": step, "fine_tuned": fine_tuned, "executions": executions, "course": course}
+        record["identity"] = self.plan.identity
         self.pending, self.last_checkpoint = (name, record), time.monotonic()
 
     async def _commit(self, *, wait: bool) -> None:
@@ -262,7 +291,6 @@ class Coordinator:
         if failed is None:
             try:
                 await asyncio.to_thread(commit, self.folder, name, _in_order(written), record)
-                self.damaged.discard(name)  # a step that was taken again
             except OSError as error:
                 failed = str(error)
         with suppress(OSError):  # what stays is removed after the next checkpoint
@@ -271,9 +299,9 @@ class Coordinator:
             else:  # what there is of it takes room that the next one may need
                 await asyncio.to_thread(discard, self.folder, name)
         if failed is None:
-            self.folder.append_event("checkpoint", step=record["step"])
+            self.folder.append_event("checkpoint", step=record["step"], checkpoint=name)
         else:
-            self._event("checkpoint failed", step=record["step"], error=failed)
+            self._event("checkpoint failed", step=record["step"], checkpoint=name, error=failed)
 
     def _checkpoint_due(self, step: int) -> bool:
         checkpoint = self.plan.config.checkpoint
@@ -289,8 +317,10 @@ class Coordinator:
 
     async def _start_actors(self) -> None:
         limit = self.plan.config.resources.start_timeout
+        starts = ("started", "resumed", "recovering")  # one of them precedes each start of actors
+        self.generation = sum(event["kind"] in starts for event in self.folder.events()) - 1
+        crew = await self._find_room(limit)
         self.mixing = Exchange(len(self.plan.placement.rows))
-        crew = await start_actors(self.plan.placement, limit)
         self.group, self.actors, hosts = crew.group, crew.actors, crew.hosts
         await self._prove_storage(hosts, limit)
         if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
@@ -303,10 +333,11 @@ class Coordinator:
         meet: Any = self.actors[0].meet.remote(self.plan, hosts[0])
         meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
         me = ray.get_runtime_context().current_actor
-        arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions)
+        arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self._all("setup", *arguments, timeout=limit, setting="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
-        self.folder.append_event("ready", hosts=crew.hosts, executions=executions)
+        self.was_ready = True
+        self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
 
@@ -324,6 +355,32 @@ class Coordinator:
             await asyncio.to_thread(check, answers)
         finally:
             await asyncio.to_thread(proof.end, self.folder, token)
+
+    async def _find_room(self, limit: float) -> Crew:
+        """Starts the actors; where a run that had them finds no room for as many any more, fewer."""
+        placement, deadline = self.plan.placement, time.monotonic() + limit
+        if not self.was_ready:
+            return await start_actors(placement, limit)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                return await start_actors(placement, min(left, ROOM_SECONDS))
+            except NoRoom:
+                # What others have taken may become free again; a node that is gone is seldom back in seconds.
+                actors = room(placement, free=left <= ROOM_SECONDS)
+                if actors < len(placement.rows) or left <= ROOM_SECONDS:
+                    break
+        if 0 < actors < len(placement.rows):
+            self.plan = await asyncio.to_thread(replan, self.plan, actors, ray.cluster_resources())
+            execution = set(self.executions or ())
+            self.executions = [*execution] * actors if len(execution) == 1 else None
+            self._event(
+                "fewer actors",
+                were=placement.describe(),
+                actors=self.plan.placement.describe(),
+                transport=self.plan.transport.name,
+            )
+        return await start_actors(self.plan.placement, limit)
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
@@ -519,7 +576,7 @@ class Coordinator:
             return await asyncio.wait_for(call, limit)
         except asyncio.TimeoutError:
             raise ActorLost(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
-        except RayActorError as error:
+        except (RayActorError, ObjectLostError, NodeDiedError) as error:
             raise ActorLost(f"{name} died: {error}") from error
 
     def _enter(self, stage: Stage, steps: int) -> None:
@@ -564,15 +621,16 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
         actor: class of the actors, made with their rank.
 
     Raises:
-        RunError: there was no room in time; what is free.
+        NoRoom: there was none in time; what is free.
     """
     bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
-    group = placement_group([bundle] * len(placement.rows), strategy="PACK")
+    name = f"{group_prefix(ray.get_runtime_context().get_actor_id())}{uuid4().hex}"
+    group = placement_group([bundle] * len(placement.rows), strategy="PACK", name=name)
     try:
         await asyncio.wait_for(_awaitable(group.ready()), limit)
     except asyncio.TimeoutError:
         remove_placement_group(group)
-        raise RunError(
+        raise NoRoom(
             f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
             f"free now: {_resources(ray.available_resources())}"
         ) from None
@@ -585,6 +643,22 @@ async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) 
         options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
         actors.append(actor.options(**options).remote(rank))
     return Crew(group, actors, [addresses[nodes[index]] for index in order])
+
+
+def group_prefix(creator: str | None) -> str:
+    """What the names of the placement groups begin with that an actor of this id makes."""
+    return f"popmtl-{creator}-"
+
+
+def room(placement: Placement, *, free: bool) -> int:
+    """How many actors of a placement the nodes that are there could hold; or, if `free`, can beside what they do."""
+
+    def fit(resources: Mapping[str, float]) -> int:
+        by_cpu = int(resources.get("CPU", 0.0) / placement.cpus + 1e-9)
+        return min(by_cpu, int(resources.get("GPU", 0.0) / placement.gpus + 1e-9)) if placement.gpus else by_cpu
+
+    whole = sum(fit(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    return min(whole, fit(ray.available_resources())) if free else whole
 
 
 def _is_collateral(error: BaseException) -> bool:

@@ -10,13 +10,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from popmtl.distributed.coordinator import Coordinator, Progress, Report, describe_failure
+from popmtl.distributed.coordinator import Coordinator, Progress, Report, describe_failure, group_prefix
 from popmtl.distributed.plan import RunPlan
 from popmtl.errors import RequestError, RunError
 
@@ -96,7 +98,10 @@ def run(
         RunError: the run failed.
         KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
     """
-    coordinator = _Coordinator.options(num_cpus=0).remote(plan, folder, config_name, resumes)
+    # Ray places what takes no resources anywhere; beside the driver, the loss of another node cannot take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes)
     ending = coordinator.run.remote()
     try:
         with _signals_interrupt():
@@ -111,9 +116,18 @@ def run(
     except RayTaskError as error:
         raise RunError(describe_failure(error)) from error
     except RayActorError as error:
+        _remove_groups(group_prefix(coordinator._actor_id.hex()))
         raise RunError(f"the coordinator died: {error}") from error
     finally:
         ray.kill(coordinator)
+
+
+def _remove_groups(prefix: str) -> None:
+    """Gives back what a coordinator that died held for its actors; Ray would keep it as long as this driver lives."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
+            with suppress(ValueError):  # it is gone by now
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def _watch(coordinator: Any, ending: Any, limit: float, show: Callable[[Progress], None]) -> None:

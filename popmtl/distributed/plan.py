@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from popmtl.config import Config
+from popmtl.config import Config, decisive
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
 from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Placement, place
@@ -88,6 +90,16 @@ class RunPlan:
     def may_diverge(self) -> bool:
         """Whether the transfer itself can make the rows diverge."""
         return self.recipe.order == "consensus" and may_diverge(self.M)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it, as JSON can hold it."""
+        # Coefficients come from a file, perhaps, and weight vectors from a library: the config does not tell them.
+        digests = {
+            name: hashlib.sha256(matrix.round(9).tobytes()).hexdigest()  # processors differ in the last digits
+            for name, matrix in (("W", self.W), ("M", self.M))
+        }
+        return {**decisive(self.config), "weight vectors": digests["W"], "transfer coefficients": digests["M"]}
 
     @property
     def wire(self) -> torch.dtype | None:
@@ -200,6 +212,27 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         transport=transport,
         warnings=tuple(warnings),
     )
+
+
+def replan(plan: RunPlan, actors: int, available: Mapping[str, float]) -> RunPlan:
+    """The plan on so many actors, each with as much of the cluster as before; and the transport for it.
+
+    Args:
+        plan: of the run so far.
+        actors: at least one, at most as many as subproblems.
+        available: the cluster's total resources now.
+
+    Raises:
+        RequestError: the transport that was asked for cannot serve them.
+    """
+    taken = {"cpus_per_actor": plan.placement.cpus, "gpus_per_actor": plan.placement.gpus, "max_actors": actors}
+    room = {"CPU": actors * plan.placement.cpus, "GPU": actors * plan.placement.gpus}
+    config = plan.config
+    placement = place(len(plan.W), config.resources.model_copy(update=taken), room)
+    problem = load_problem(config.problem.name, config.problem.parameters)
+    layout, _, leaves_alone = check_problem(config.problem.name, problem, plan.recipe, plan.aligned)
+    transport = _transport(config, plan.recipe, layout, leaves_alone, placement, available, len(plan.W))
+    return replace(plan, placement=placement, transport=transport)
 
 
 def train_in_process(plan: RunPlan) -> Population:

@@ -84,6 +84,7 @@ class SubproblemActor:
         meeting: str | None,
         resumption: Resumption | None,
         executions: Sequence[Execution] | None,
+        generation: int,
     ) -> str:
         """Builds the problem and the rows; says how it will take their gradients, and why so.
 
@@ -91,7 +92,7 @@ class SubproblemActor:
         """
         torch.set_num_threads(plan.placement.cpus)
         problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
-        rows, self.mixing = self._transport(plan, coordinator, hosts, meeting)
+        rows, self.mixing = self._transport(plan, coordinator, hosts, meeting, generation)
         self.block = Block(
             problem,
             plan.placement.rows[self.rank],
@@ -147,7 +148,7 @@ class SubproblemActor:
             return str(error)
 
     def _transport(
-        self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None
+        self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None, generation: int
     ) -> tuple[Tensor | None, Mixing | None]:
         """The memory that a transport wants the rows in, and the transport; None where the block needs none."""
         limit, dtype = plan.config.resources.chunk_timeout, plan.recipe.dtype
@@ -162,7 +163,7 @@ class SubproblemActor:
         if plan.transport.name == "collective":
             device = torch.device(plan.placement.device)
             place: Any = self.store if self.rank == 0 else meeting
-            group = Group(place, 0, self.rank, len(hosts), hosts[self.rank], device, limit)
+            group = Group(place, generation, self.rank, len(hosts), hosts[self.rank], device, limit)
             product = Collective(group, plan.routes, plan.width, dtype, plan.wire)
             return None, SideStream(product, device) if plan.placement.gpus else Background(product)
         return None, None

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from safetensors.torch import load, save
 from torch import Tensor
 
-from popmtl.errors import CheckpointDamaged
+from popmtl.errors import CheckpointDamaged, RequestError
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import PART_BYTES, said
 
-VERSION = 1
+VERSION = 2
 MANIFEST, COURSE = "manifest.json", "course.json"
 
 
@@ -32,9 +32,15 @@ class WrittenFile:
     sha256: str
 
 
-def checkpoint_name(step: int) -> str:
-    """The folder, in that of the run, of a checkpoint; steps of both stages count."""
-    return f"checkpoints/step-{step:08d}"
+def checkpoint_name(step: int, generation: int = 0) -> str:
+    """The folder, in that of the run, of a checkpoint.
+
+    Args:
+        step: steps of both stages count.
+        generation: how often actors were started before. An actor that was given up may still be writing when those
+            that follow it come to the same step: they never write to the same place.
+    """
+    return f"checkpoints/step-{step:08d}" + (f"-{generation:04d}" if generation else "")
 
 
 def subproblem_file(subproblem: int) -> str:
@@ -132,29 +138,68 @@ def files_of(folder: RunFolder, checkpoint: str) -> list[WrittenFile]:
 
 
 def last_whole(
-    folder: RunFolder, complain: Callable[[str], None], *, without: Collection[str] = (), contents: bool = True
+    folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True
 ) -> tuple[str, dict[str, Any]] | None:
     """The latest undamaged checkpoint and its course; None if there is none.
 
     Args:
         folder: of the run.
         complain: is told what is damaged.
-        without: checkpoints to pass over.
         contents: as in `damage`.
     """
     for checkpoint in checkpoints(folder):
-        if checkpoint in without:
-            continue
         if damaged := damage(folder, checkpoint, contents=contents):
             complain(damaged)
             continue
-        course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
-        if course["version"] != VERSION:
-            where = folder.files.where(f"{checkpoint}/{COURSE}")
-            complain(f"{where} is of version {course['version']}, which this PopMTL does not read")
+        where = folder.files.where(f"{checkpoint}/{COURSE}")
+        try:
+            course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
+            version = course["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            complain(f"{where} is not a course of PopMTL")
+            continue
+        if version != VERSION:
+            complain(f"{where} is of version {version}, which this PopMTL does not read")
             continue
         return checkpoint, course
     return None
+
+
+def last_of_run(
+    folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True
+) -> tuple[str, dict[str, Any]] | None:
+    """As `last_whole`, but None only for a run that never had a checkpoint, and may begin again.
+
+    Raises:
+        RequestError: it had some, and none is whole; what is wrong with each, naming the file.
+    """
+    complaints: list[str] = []
+
+    def hear(what: str) -> None:
+        complaints.append(what)
+        complain(what)
+
+    if found := last_whole(folder, hear, contents=contents):
+        return found
+    committed = {event.get("checkpoint", "") for event in folder.events() if event["kind"] == "checkpoint"}
+    lacking = (committed & set(_begun(folder))) - set(checkpoints(folder))
+    complaints += [f"{folder.files.where(f'{name}/{MANIFEST}')} is missing" for name in sorted(lacking)]
+    if committed and not complaints:
+        complaints = [f"{folder.files.where('checkpoints')} holds none of those that were written"]
+    if complaints:
+        raise RequestError(f"{folder.location}: no checkpoint is whole: {'; '.join(complaints)}")
+    return None
+
+
+def set_aside(folder: RunFolder, checkpoint: str) -> None:
+    """Lets a damaged checkpoint count no more; its files stay.
+
+    Raises:
+        OSError: its manifest cannot be renamed.
+    """
+    manifest = f"{checkpoint}/{MANIFEST}"
+    folder.write(f"{manifest}.damaged", folder.read(manifest))
+    folder.files.remove(manifest)
 
 
 def keep_last(folder: RunFolder, count: int) -> None:

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 ENDS = ("finished", "failed", "interrupted")
 """Events that end a run."""
+
+LOCK, COORDINATOR_LOCK = ".lock", ".coordinator.lock"
+"""See `RunFolder.held`."""
 
 RETRY_SECONDS = 2.0
 """Until lines that could not be written are tried again."""
@@ -135,20 +139,32 @@ class RunFolder:
             self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in kept).encode())
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
         """Keeps every other process from working in this folder at the same time.
 
+        Args:
+            lock: file that stands for the right to. The driver's is the default; the coordinator, which can outlive a
+                driver that was killed by some seconds, has COORDINATOR_LOCK. Behind a URL there is only the driver's.
+            wait: seconds to wait for the one who has it.
+
         Raises:
-            RequestError: one already does.
+            RequestError: one already does, and goes on for longer.
             RunError: one took over, behind a URL; see `lease`.
         """
+        deadline = time.monotonic() + wait
         with ExitStack() as stack:
-            try:
-                stack.enter_context(_flock(self.files.path) if self.files.path else lease(self.files))
-            except BlockingIOError as error:
-                raise RequestError(f"{self.location}: this run is being worked on by another process") from error
-            except OSError as error:
-                raise self._refusal("written to", error) from error
+            while True:
+                try:
+                    stack.enter_context(self._lock(lock))
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        raise RequestError(
+                            f"{self.location}: this run is being worked on by another process"
+                        ) from error
+                except OSError as error:
+                    raise self._refusal("written to", error) from error
+                time.sleep(0.1)
             yield
 
     def state(self) -> str:
@@ -157,8 +173,8 @@ class RunFolder:
 
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details; an end flushes."""
-        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self.append("events.jsonl", {"time": time, "kind": kind, **details})
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        self.append("events.jsonl", {"time": now, "kind": kind, **details})
         if kind in ENDS:
             with suppress(OSError):  # they are kept, and it has been said
                 self.flush()
@@ -284,6 +300,11 @@ class RunFolder:
         with suppress(OSError):  # it has set the next one
             self.flush()
 
+    def _lock(self, lock: str) -> AbstractContextManager[None]:
+        if self.files.path:
+            return _flock(self.files.path / lock)
+        return lease(self.files) if lock == LOCK else nullcontext()
+
     def _refusal(self, what: str, error: OSError) -> RequestError:
         return RequestError(f"storage {split(self.location)[0]}: cannot be {what} ({said(error)})")
 
@@ -323,19 +344,19 @@ def _last_word(folder: RunFolder) -> str:
 
 @contextmanager
 def _flock(path: Path) -> Iterator[None]:
-    """Locks a folder, as long as this process lives and the block lasts.
+    """Locks a file, as long as this process lives and the block lasts.
 
     Raises:
         BlockingIOError: another process has locked it.
     """
-    with (path / ".lock").open("a") as file:
+    with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
 
 def _is_flocked(path: Path) -> bool:
     try:
-        with (path / ".lock").open() as file:
+        with (path / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

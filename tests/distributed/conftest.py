@@ -2,11 +2,9 @@ import functools
 
 import pytest
 import ray
+from running import run_in
 
-from popmtl.config import Config
 from popmtl.distributed import driver
-from popmtl.distributed.plan import make_plan
-from popmtl.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +27,12 @@ def run(ray_of_four, tmp_path):
     def start(data, show=lambda progress: None):
         nonlocal runs
         runs += 1
-        config = Config.model_validate({"tracking": {"enabled": False}, **data})
-        plan = make_plan(config, {**ray_of_four, "GPU": 0.0})
-        folder = RunFolder.create(tmp_path / "runs", f"run-{runs}")
-        folder.write_config(config.resolved())
-        return plan, folder, driver.run(plan, folder.path, "test", show)
+        return run_in(tmp_path / "runs", f"run-{runs}", ray_of_four, data, show)
 
     return start
+
+
+@pytest.fixture
+def resume(ray_of_four, tmp_path):
+    """Goes on with the run of a name, which `run` started."""
+    return lambda name, data: run_in(tmp_path / "runs", name, ray_of_four, data, resumes=True)

@@ -4,9 +4,9 @@ import os
 import signal
 import time
 
-import psutil
 import pytest
 import ray
+from kill_trials import workers
 from toy_problems import config
 
 from popmtl.errors import RunError
@@ -50,10 +50,9 @@ def test_an_actor_that_is_killed_ends_the_run_with_its_name(run, transport):
 
     def kill_one(progress):
         if progress.step >= 10 and not killed:
-            processes = psutil.process_iter(["cmdline"])
-            workers = [p for p in processes if "SubproblemActor" in " ".join(p.info["cmdline"] or [])]
-            os.kill(workers[0].pid, signal.SIGKILL)
-            killed.append(workers[0].pid)
+            victim = workers(os.getpid(), "SubproblemActor")[0]  # below this process: others may run tests beside it
+            os.kill(victim, signal.SIGKILL)
+            killed.append(victim)
 
     # It transfers at every step: the other actor is in the middle of one, or will be.
     transfer = {"transport": transport, "schedule": "constant"}

@@ -5,7 +5,7 @@ import pytest
 from toy_problems import config
 
 from popmtl.config import Config
-from popmtl.distributed.plan import make_plan
+from popmtl.distributed.plan import make_plan, replan
 from popmtl.errors import RequestError
 
 # NoisyRegression: trunk 6·5 and BatchNorm 5 + 5 transfer; two heads of 5 + 1 do not.
@@ -156,3 +156,15 @@ def test_a_coefficient_that_may_diverge_is_a_warning_and_no_error():
     assert "m_ii is 0.40" in warning
     assert "below m_ii = 1/2" in warning
     assert not plan(config(2, "adapt_then_combine")).warnings
+
+
+def test_a_plan_on_fewer_actors_gives_each_what_it_had_and_takes_the_transport_for_them():
+    made = plan(config(4, transfer={"transport": "auto"}))
+    fewer = replan(made, 2, {"CPU": 3.0})
+    assert [len(rows) for rows in fewer.placement.rows] == [2, 2]
+    assert (fewer.placement.cpus, fewer.placement.gpus) == (made.placement.cpus, made.placement.gpus)
+    assert fewer.transport == made.transport
+    assert replan(made, 2, {"node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0}).transport.name == "collective"
+    alone = replan(made, 1, {"CPU": 1.0})
+    assert (alone.transport.name, alone.placement.rows) == ("local", (range(4),))
+    assert alone.identity == made.identity

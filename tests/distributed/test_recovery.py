@@ -1,70 +1,210 @@
-"""A run that loses an actor ends with the rows of the run that lost nothing, bit for bit."""
+"""A run that loses an actor, or its coordinator, ends with the rows of the run that lost nothing, bit for bit."""
 
 import os
+import shutil
 import signal
+import time
 
 import psutil
 import pytest
 import torch
+from kill_trials import being_written, workers
+from running import run_in
 from toy_problems import config
 
 from popmtl.errors import RunError
-from popmtl.runs.checkpoint import checkpoints
+from popmtl.runs.checkpoint import MANIFEST, checkpoints
+from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_state
 
-STEPS = 4000
+STEPS, FINE_TUNE, EVERY = 4000, 800, 250
 
 
-def data(transport, **more):
+def data(transport="shared_memory", **more):
     transfer = {"transport": transport, "schedule": "constant", "strength": 0.4}
-    train = {"steps": STEPS, "evaluate_every": 1000, "dtype": "float32"}
-    checkpoint = {"every_steps": 250}
-    return config(2, train=train, transfer=transfer, checkpoint=checkpoint, fine_tune={"steps": 20}, **more)
+    train = {"steps": STEPS, "evaluate_every": 1000, "dtype": "float32", **more.pop("train", {})}
+    checkpoint = {"every_steps": EVERY}
+    return config(2, train=train, transfer=transfer, checkpoint=checkpoint, fine_tune={"steps": FINE_TUNE}, **more)
 
 
 def states(folder):
     return [load_state(folder.pareto / "models" / str(i) / "model.safetensors") for i in range(4)]
 
 
-class Killer:
-    """Kills an actor when the run is in the middle of its steps, so many times."""
+@pytest.fixture(scope="module")
+def undisturbed(ray_of_four, tmp_path_factory):
+    """The run of a config that nothing disturbs; each is run once."""
+    runs = {}
 
-    def __init__(self, times=1):
-        self.times, self.pids = times, []
+    def get(data):
+        if str(data) not in runs:
+            runs[str(data)] = run_in(tmp_path_factory.mktemp("runs"), "undisturbed", ray_of_four, data)[1]
+        return runs[str(data)]
+
+    return get
+
+
+def assert_equal(folder, theirs):
+    for ours, their in zip(states(folder), states(theirs), strict=True):
+        assert ours.keys() == their.keys()
+        assert all(torch.equal(ours[name], their[name]) for name in their)
+    assert folder.metrics() == theirs.metrics(), "each evaluation is there once"
+    assert folder.front() == theirs.front()
+
+
+class Killer:
+    """Sends a process a signal when the run is in the middle of the steps of a stage, so many times."""
+
+    def __init__(self, times=1, kind="SubproblemActor", stage="training", how=signal.SIGKILL):
+        self.times, self.kind, self.stage, self.how, self.pids = times, kind, stage, how, []
+        self.first, self.last = (500, STEPS - 500) if stage == "training" else (100, FINE_TUNE - 100)
+
+    def is_time(self, progress):
+        in_the_middle = progress.stage == self.stage and self.first <= progress.step < self.last
+        return in_the_middle and len(self.pids) < self.times
 
     def __call__(self, progress):
-        if progress.stage == "training" and 500 <= progress.step < STEPS - 500 and len(self.pids) < self.times:
-            # Of this process: others on the machine may have actors too.
-            processes = psutil.Process().children(recursive=True)
-            workers = [p for p in processes if "SubproblemActor" in " ".join(p.cmdline())]
-            # The latest: those of the run before may still be about to end.
-            victim = max(workers, key=lambda p: p.create_time()).pid
-            os.kill(victim, signal.SIGKILL)
-            self.pids.append(victim)
+        if self.is_time(progress):
+            self.strike()
+
+    def strike(self):
+        victim = workers(os.getpid(), self.kind)[-1]  # the latest: earlier ones may be about to end
+        os.kill(victim, self.how)
+        self.pids.append(victim)
 
 
-def kinds(folder):
-    return [event["kind"] for event in folder.events()]
+class WriterKiller(Killer):
+    """Kills an actor while a checkpoint is written to the folder."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.uncommitted = RunFolder(folder), None
+
+    def strike(self):
+        deadline = time.monotonic() + 10
+        while not (path := being_written(self.folder, complete=False)) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        super().strike()
+        time.sleep(0.3)
+        self.uncommitted = path is not None and not (path / MANIFEST).exists()
+
+
+def interrupt(stage, step):
+    """What Ctrl-C does, from a step of a stage on."""
+
+    def show(progress):
+        if progress.stage == stage and progress.step >= step:
+            raise KeyboardInterrupt
+
+    return show
+
+
+def event(folder, kind):
+    """The first of a kind: a machine that is busy enough can lose more than what is taken from it."""
+    return next(event for event in folder.events() if event["kind"] == kind)
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "collective"])
-def test_a_killed_actor_costs_time_and_nothing_else(run, transport):
-    undisturbed = run(data(transport))[1]
+def test_a_killed_actor_costs_time_and_nothing_else(run, undisturbed, transport):
     killer = Killer()
     _, folder, report = run(data(transport), killer)
     assert killer.pids, "the run was over before anything could be killed"
-    (recovering,) = [event for event in folder.events() if event["kind"] == "recovering"]
-    assert "died" in recovering["error"]
-    (rewound,) = [event for event in folder.events() if event["kind"] == "rewound"]
-    assert rewound["step"] % 250 == 0
-    assert report.front.steps == STEPS + 20
-    for ours, theirs in zip(states(folder), states(undisturbed), strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert folder.metrics() == undisturbed.metrics(), "each evaluation is there once"
-    assert folder.front() == undisturbed.front()
+    assert "died" in event(folder, "recovering")["error"]
+    assert event(folder, "rewound")["step"] % EVERY == 0
+    assert [e["generation"] for e in folder.events() if e["kind"] == "ready"] == [0, 1]
+    assert report.front.steps == STEPS + FINE_TUNE
+    assert_equal(folder, undisturbed(data(transport)))
+    # What the first actors wrote last, they might have written while the second ones did.
+    assert all(path.name.endswith("-0001") for path in checkpoints(folder))
     assert len(checkpoints(folder)) == 2
+
+
+def test_an_actor_that_dies_in_the_last_stage_is_recovered_there(run, undisturbed):
+    killer = Killer(stage="fine-tuning")
+    _, folder, _ = run(data(), killer)
+    assert killer.pids
+    assert event(folder, "rewound")["step"] >= STEPS
+    assert_equal(folder, undisturbed(data()))
+
+
+def test_an_actor_that_dies_while_it_writes_a_checkpoint_leaves_the_one_before(run, undisturbed, tmp_path):
+    killer = WriterKiller(tmp_path / "runs" / "run-1")
+    _, folder, _ = run(data(), killer)
+    assert killer.uncommitted
+    assert_equal(folder, undisturbed(data()))
+
+
+def test_a_coordinator_that_is_killed_ends_the_run_and_leaves_all_that_a_resume_needs(run, resume, undisturbed):
+    killer = Killer(kind="Coordinator")
+    with pytest.raises(RunError, match="the coordinator died"):
+        run(data(), killer)
+    _, folder, _ = resume("run-1", data())
+    assert folder.events()[-1]["kind"] == "finished"
+    assert_equal(folder, undisturbed(data()))
+
+
+def test_an_actor_that_hangs_is_named_and_replaced(run, undisturbed):
+    killer = Killer(how=signal.SIGSTOP)
+    limited = data("collective")
+    limited["resources"]["chunk_timeout"] = 10
+    _, folder, _ = run(limited, killer)
+    assert killer.pids
+    assert "within 10 s" in event(folder, "recovering")["error"]
+    assert "actor 1" in event(folder, "recovering")["error"] or "actor 0" in event(folder, "recovering")["error"]
+    assert_equal(folder, undisturbed(data("collective")))
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(killer.pids[0]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not psutil.pid_exists(killer.pids[0]), "it still hangs there"
+
+
+def test_connections_that_break_are_made_anew(run, undisturbed, tmp_path):
+    broken = data("collective")
+    marker = tmp_path / "broken"
+    broken["problem"] = {"name": "toy_problems:LosesItsConnections", "marker": str(marker), "draw": 1500}
+    _, folder, _ = run(broken)
+    assert marker.exists()
+    assert "connection" in event(folder, "recovering")["error"]
+    assert_equal(folder, undisturbed(data("collective")))
 
 
 def test_failures_are_counted_and_the_last_one_is_the_runs(run):
     with pytest.raises(RunError, match=r"actor \d \(subproblems \d to \d\) died"):
         run(data("shared_memory", recovery={"max_failures": 0}), Killer())
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_path):
+    killer = Killer()
+
+    def damage_and_kill(progress):
+        if killer.is_time(progress):
+            for path in (tmp_path / "runs" / "run-1" / "checkpoints").glob("step-*/subproblem-00002.safetensors"):
+                path.write_bytes(b"")
+        killer(progress)
+
+    rarely = data() | {"checkpoint": {"every_steps": 400, "keep": 1}}
+    with pytest.raises(RunError, match=r"no checkpoint is whole: .*subproblem-00002.safetensors has 0 bytes"):
+        run(rarely, damage_and_kill)
+
+
+def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
+    with pytest.raises(KeyboardInterrupt):
+        run(data(), interrupt("fine-tuning", 300))
+    _, folder, _ = resume("run-1", data())
+    assert event(folder, "rewound")["step"] > STEPS
+    assert_equal(folder, undisturbed(data()))
+
+
+def test_a_run_goes_on_with_another_number_of_actors(run, resume, undisturbed, tmp_path):
+    exact = data("collective", train={"dtype": "float64"})
+    with pytest.raises(KeyboardInterrupt):
+        run(exact, interrupt("training", 500))
+    for actors in (1, 3):
+        name = f"on-{actors}"
+        shutil.copytree(tmp_path / "runs" / "run-1", tmp_path / "runs" / name)
+        plan, folder, _ = resume(name, exact | {"resources": {"max_actors": actors}})
+        assert len(plan.placement.rows) == actors
+        assert event(folder, "rewound")["step"] >= EVERY
+        for ours, theirs in zip(states(folder), states(undisturbed(exact)), strict=True):
+            for tensor, value in theirs.items():
+                torch.testing.assert_close(ours[tensor], value, rtol=1e-6, atol=1e-9)

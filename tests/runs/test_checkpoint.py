@@ -15,6 +15,7 @@ from popmtl.runs.checkpoint import (
     keep_last,
     last_whole,
     read_tensors,
+    set_aside,
     subproblem_file,
     write_tensors,
 )
@@ -146,6 +147,23 @@ def test_the_last_ones_are_kept_and_what_was_never_committed_goes_with_the_old(f
     assert checkpoints(folder) == [checkpoint_name(300), checkpoint_name(200)]
     left = sorted(folder.files.children("checkpoints"))
     assert left == ["step-00000200", "step-00000300", "step-00000400"]
+
+
+def test_those_who_were_started_again_write_elsewhere_and_what_they_write_is_later(folder):
+    names = [checkpoint_name(300, generation) for generation in (0, 1, 2)] + [checkpoint_name(301)]
+    assert len(set(names)) == 4
+    for name in names:
+        commit(folder, name, [], {"step": 300})
+    assert checkpoints(folder)[:4] == names[::-1]
+
+
+def test_damaged_ones_that_are_passed_over_do_not_take_the_place_of_those_that_follow(folder):
+    empty(folder, f"{checkpoint_name(200)}/{subproblem_file(0)}")
+    set_aside(folder, checkpoint_name(200))
+    assert found(folder) == (checkpoint_name(100), [])
+    commit(folder, checkpoint_name(150, 1), [], {"step": 150})
+    keep_last(folder, 1)
+    assert checkpoints(folder) == [checkpoint_name(150, 1)]
 
 
 def test_a_version_that_is_not_ours_is_not_read(folder):

@@ -131,3 +131,16 @@ def test_a_new_folder_has_no_records_and_no_front(folder):
     assert folder.metrics() == folder.events() == []
     with pytest.raises(RequestError, match="no front yet"):
         folder.front()
+
+
+def test_what_follows_a_line_that_a_crash_cut_short_is_a_line_of_its_own(tmp_path):
+    folder = RunFolder.create(tmp_path, "run")
+    folder.append("events.jsonl", {"a": 1})
+    with (folder.path / "events.jsonl").open("a") as stream:
+        stream.write('{"b": "an error that was being wri')
+    assert folder.lines("events.jsonl") == [{"a": 1}]
+    folder.append("events.jsonl", {"c": "é"})
+    assert folder.lines("events.jsonl") == [{"a": 1}, {"c": "é"}]
+    (folder.path / "metrics.jsonl").write_text("{")
+    folder.append("metrics.jsonl", {"d": 4})
+    assert folder.lines("metrics.jsonl") == [{"d": 4}]

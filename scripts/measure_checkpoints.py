@@ -1,0 +1,102 @@
+"""What checkpoints cost: stretches of 100 steps with one and without one, side by side in one run.
+
+    python scripts/measure_checkpoints.py [CONFIG] [key.path=value …] [--pairs 12]
+
+Trains MTGD on the config (configs/multidigits.yaml with its LeNet), on a Ray that it starts, with a checkpoint at the
+start of every other stretch. A stretch is timed from its first step to the moment before the next: the copying of the
+rows, the writing beside the steps, and the commit are all in it. Neighbours are compared, so that a machine that others
+use too slows both; the stretches with and without take turns at coming first. Prints the ratio of each pair, their
+median and quartiles, and the load of the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import ray
+
+from popmtl.config import load_config
+from popmtl.distributed import driver
+from popmtl.distributed.coordinator import Coordinator
+from popmtl.distributed.placement import local_resources
+from popmtl.distributed.plan import make_plan
+from popmtl.runs.folder import RunFolder
+
+STRETCH = 100
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "multidigits.yaml"
+
+
+def has_checkpoint(stretch: int) -> bool:
+    """Whether a stretch has one: by pairs, and in each pair the other way round than in the one before."""
+    return stretch % 4 in (1, 2)
+
+
+class Timed(Coordinator):
+    """A coordinator that writes down when each stretch ends, and checkpoints in every other one."""
+
+    def _until_checkpoint(self, step: int, longest: int) -> int:
+        return min(longest, STRETCH - step % STRETCH)
+
+    def _checkpoint_due(self, step: int) -> bool:
+        if step % STRETCH:
+            return False
+        self.folder.append("stretches.jsonl", {"step": step, "time": time.monotonic()})
+        return has_checkpoint(step // STRETCH)
+
+
+def pairs_of(times: list[float]) -> list[tuple[float, float]]:
+    """Seconds of neighbouring stretches: with a checkpoint, and without. The first pair warms up."""
+    lengths = {number: after - before for number, (before, after) in enumerate(itertools.pairwise(times), 1)}
+    pairs = [(number, number + 1) for number in range(2, max(lengths), 2)][1:]
+    return [(lengths[a], lengths[b]) if has_checkpoint(a) else (lengths[b], lengths[a]) for a, b in pairs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default=str(CONFIG))
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if "=" in options.config:
+        options.config, options.overrides = str(CONFIG), [options.config, *options.overrides]
+    steps = STRETCH * (2 * options.pairs + 4)
+    own = ["problem.model=lenet"] if options.config == str(CONFIG) else []
+    fixed = [f"train.steps={steps}", f"train.evaluate_every={steps}", "fine_tune.steps=0", "tracking.enabled=false"]
+    config = load_config(options.config, [*own, *options.overrides, *fixed])
+    plan = make_plan(config, local_resources())
+    load: list[float] = []
+    driver._Coordinator = ray.remote(Timed)
+    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_resources()["CPU"])):
+        folder = RunFolder.create(storage, "run")
+        folder.write_config(config.resolved())
+        driver.run(plan, folder.path, "run", lambda _: load.append(os.getloadavg()[0]))
+        times = [record["time"] for record in folder.lines("stretches.jsonl")]
+        written = [event["step"] for event in folder.events() if event["kind"] == "checkpoint"]
+    pairs = pairs_of(times)
+    ratios = [with_one / without for with_one, without in pairs]
+    for (with_one, without), ratio in zip(pairs, ratios, strict=True):
+        print(f"{STRETCH} steps: {with_one:.3f} s with a checkpoint, {without:.3f} s without: {ratio:.3f}")
+    low, _, high = quantiles(ratios, n=4)
+    ms = [1e3 * (with_one - without) for with_one, without in pairs]
+    print(
+        f"{plan.placement.describe()}, {len(plan.W)} models of {plan.parameters} parameters, {len(written)} "
+        f"checkpoints; median ratio {median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}, from {len(ratios)} pairs; "
+        f"a checkpoint takes {median(ms):.0f} ms more (median); load of the machine {min(load):.1f} to {max(load):.1f} "
+        f"on {os.cpu_count()} cores; target ≤ 1.05"
+    )
+    if options.json:
+        result: dict[str, Any] = {"pairs": pairs, "ratios": ratios, "load": load, "parameters": plan.parameters}
+        options.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

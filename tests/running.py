@@ -1,0 +1,15 @@
+"""A whole run for a test, on the Ray that is connected."""
+
+from popmtl.config import Config
+from popmtl.distributed import driver
+from popmtl.distributed.plan import make_plan
+from popmtl.runs.folder import RunFolder
+
+
+def run_in(storage, name, resources, data, show=lambda progress: None, *, resumes=False):
+    """Runs a config, given as plain data, in a new folder, or goes on with it; its plan, folder and report."""
+    config = Config.model_validate({"tracking": {"enabled": False}, **data})
+    plan = make_plan(config, {**resources, "GPU": 0.0})
+    folder = RunFolder(storage / name) if resumes else RunFolder.create(storage, name)
+    folder.write_config(config.resolved())
+    return plan, folder, driver.run(plan, folder.path, "test", show, resumes=resumes)
