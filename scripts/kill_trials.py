@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -508,6 +509,7 @@ def node_trials(folder: Path) -> bool:
 
 def new_run(config: Path, folder: Path, name: str) -> RunFolder:
     """An empty folder for a run."""
+    shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # of trials that were broken off
     run = RunFolder.create(folder / "runs", name)
     run.write_config(load_config(config).resolved())
     return run
