@@ -8,9 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from popmtl import __version__
 from popmtl.errors import RequestError, RunError
+
+if TYPE_CHECKING:
+    from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
 
@@ -60,10 +64,8 @@ def train(options: argparse.Namespace) -> None:
         if options.config and "=" in options.config and not Path(options.config).exists():
             options.config, options.overrides = None, [options.config, *options.overrides]  # no CONFIG was given
         folder = RunFolder(options.resume)
-        own = folder.config()
-        if folder.files.entry("pareto/front.json"):
-            raise RequestError(f"{folder.location}: this run has finished")
-        config = resumed_config(own, options.config, options.overrides)
+        config = resumed_config(folder.config(), options.config, options.overrides)
+        _refuse_finished(folder)
         config = config.model_copy(update={"storage": split(folder.location)[0]})
         name = folder.name
     else:
@@ -87,15 +89,15 @@ def train(options: argparse.Namespace) -> None:
             run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             folder = RunFolder.create(config.storage, run_name)
         session.enter_context(folder.held())
+        begins = ""
         if options.resume:
             damaged: list[str] = []
             with folder.held(COORDINATOR_LOCK, wait=config.resources.start_timeout):  # of a run that was just killed
+                _refuse_finished(folder)
                 # Behind a URL the contents are read once, by the actors.
                 contents = folder.files.path is not None
                 checkpoint = find_checkpoint(folder, plan, damaged.append, contents=contents)
             print_warnings(console, [f"damaged checkpoint, passed over: {what}" for what in damaged])
-        begins = ""
-        if options.resume:
             begins = f" goes on from {checkpoint[0]}" if checkpoint else " has no checkpoint: starts from the beginning"
         folder.write_config(config.resolved())
         console.print(f"run {folder.location}{begins}", highlight=False, soft_wrap=True)
@@ -117,6 +119,13 @@ def train(options: argparse.Namespace) -> None:
         if command := server_command(report.location.uri):
             console.print(f"MLflow  {command}", highlight=False, soft_wrap=True)
         console.print(f"then    {run_url(report.location)}", highlight=False, soft_wrap=True)
+
+
+def _refuse_finished(folder: RunFolder) -> None:
+    if folder.files.entry("pareto/front.json"):
+        raise RequestError(
+            f"{folder.location}: this run has finished; popmtl track sends what MLflow has not got of it"
+        )
 
 
 def runs(options: argparse.Namespace) -> None:

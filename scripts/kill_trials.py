@@ -44,6 +44,7 @@ from uuid import uuid4
 import psutil
 import yaml
 
+from popmtl.cli import BAD_REQUEST
 from popmtl.config import load_config
 from popmtl.distributed import driver
 from popmtl.distributed.coordinator import Progress
@@ -300,7 +301,7 @@ class Outcome:
     @property
     def good(self) -> bool:
         """Whether nothing was lost."""
-        return self.what in ("recovered", "resumed") and not self.different
+        return self.what in ("recovered", "resumed", "ended by itself") and not self.different
 
 
 def strike(trial: Trial, run: RunFolder, process: int, alive: Callable[[], bool]) -> str | None:
@@ -351,6 +352,8 @@ def by_command(trial: Trial, folder: Path, name: str, reference: RunFolder) -> O
         code = commands[-1].wait()
         if code is None:
             return Outcome(victim, step, "HUNG", None, [])
+        if code == BAD_REQUEST and (run.pareto / "front.json").exists():
+            return Outcome(victim, step, "ended by itself", None, differences(run, reference))
         if code:
             return Outcome(victim, step, f"FAILED: {commands[-1].log.read_text().splitlines()[-1]}", None, [])
         if any(one.survivors() for one in commands):

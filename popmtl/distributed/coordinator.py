@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 import traceback
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -119,6 +120,7 @@ class Coordinator:
         self.resumption: Resumption | None = None
         self.executions: list[Execution] | None = None
         self.generation, self.was_ready = 0, False
+        self.meeting: str | None = None
         self.pending: tuple[str, dict[str, Any]] | None = None
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
@@ -331,7 +333,7 @@ class Coordinator:
         if len(set(hosts)) == 1:  # what stays on a host need not be heard outside
             hosts = ["127.0.0.1"] * len(hosts)
         meet: Any = self.actors[0].meet.remote(self.plan, hosts[0])
-        meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
+        self.meeting = meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
         me = ray.get_runtime_context().current_actor
         arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self._all("setup", *arguments, timeout=limit, setting="start_timeout")
@@ -536,6 +538,9 @@ class Coordinator:
         if self.group:
             remove_placement_group(self.group)
         self.actors, self.group = [], None
+        if self.meeting and self.plan.transport.name == "shared_memory":  # left by actors that died while they met
+            shutil.rmtree(self.meeting, ignore_errors=True)
+            self.meeting = None
 
     async def _evaluations(self, split: str) -> list[Evaluation]:
         return _in_order(await self._all("evaluate", split))
