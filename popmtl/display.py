@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from popmtl.distributed.coordinator import Progress
 from popmtl.distributed.plan import RunPlan
+from popmtl.distributed.progress import Progress
 from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
 

@@ -37,8 +37,8 @@ from torch.nn.functional import cross_entropy
 
 from popmtl.config import Config
 from popmtl.distributed import driver
-from popmtl.distributed.coordinator import Progress
 from popmtl.distributed.plan import RunPlan, make_plan, optimizer_moments
+from popmtl.distributed.progress import Progress
 from popmtl.method.decomposition import weight_vectors
 from popmtl.method.mtgd import Block, Chunk, Recipe
 from popmtl.models.shared_trunk import lenet, mlp

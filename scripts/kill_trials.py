@@ -47,8 +47,8 @@ import yaml
 from popmtl.cli import BAD_REQUEST
 from popmtl.config import load_config
 from popmtl.distributed import driver
-from popmtl.distributed.coordinator import Progress
 from popmtl.distributed.plan import make_plan
+from popmtl.distributed.progress import Progress
 from popmtl.errors import RunError
 from popmtl.runs.checkpoint import COURSE, MANIFEST
 from popmtl.runs.folder import RunFolder

@@ -38,4 +38,4 @@ class Coordinator(coordinator.Coordinator):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        coordinator.start_actors = functools.partial(coordinator.start_actors, actor=ray.remote(Apart))
+        coordinator.Crew.start = functools.partial(coordinator.Crew.start, actor=ray.remote(Apart))

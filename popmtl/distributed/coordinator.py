@@ -9,25 +9,21 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from secrets import token_hex
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import GetTimeoutError, RayTaskError
 
-from popmtl.distributed.mixing.coordinator import Exchange
-from popmtl.distributed.placement import Placement, rank_order
+from popmtl.distributed.crew import Crew, room
 from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
+from popmtl.distributed.progress import Progress, Report, Stage
 from popmtl.distributed.resumption import find_checkpoint
-from popmtl.distributed.subproblem import Resumption, Steps, SubproblemActor
+from popmtl.distributed.subproblem import Resumption, Steps
 from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RequestError, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
@@ -42,73 +38,16 @@ from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
-from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
-
-Stage = Literal["starting", "training", "fine-tuning", "writing results"]
 
 CHUNK_SECONDS = 2.0
 """Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
-
-CAUSE_SECONDS = 10.0
-"""How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
 
 ROOM_SECONDS = 10.0
 """How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
 
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow."""
-
-_Actor: Any = ray.remote(SubproblemActor)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        stage: what it is doing.
-        step: steps done in this stage.
-        steps: of the stage.
-        hypervolume: of the last evaluation on the validation split; None before the first.
-        losses: least and greatest training loss of the last chunk; None before it.
-        steps_per_second: in this stage; None at its start.
-        execution: how the actors take the gradients of several rows, and why; None where each has one, or before.
-        notices: what else happened since the run started, such as lost actors.
-    """
-
-    stage: Stage
-    step: int
-    steps: int
-    hypervolume: float | None = None
-    losses: tuple[float, float] | None = None
-    steps_per_second: float | None = None
-    execution: str | None = None
-    notices: tuple[str, ...] = ()
-
-    @property
-    def seconds_left(self) -> float | None:
-        """Of this stage, at its speed so far."""
-        return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run leaves.
-
-    Attributes:
-        front: the Pareto set, evaluated on the test split.
-        fine_tuned: what Aligned-MTL did to each model; empty without that stage.
-        location: the run in MLflow; None without tracking, or where MLflow could not be reached.
-        complaints: what could not be logged to MLflow.
-        unwritten: what could not be written to the run folder, and is not needed to use the front.
-    """
-
-    front: Front
-    fine_tuned: Sequence[FineTuned]
-    location: Location | None
-    complaints: Sequence[str]
-    unwritten: Sequence[str] = ()
 
 
 class Coordinator:
@@ -124,11 +63,20 @@ class Coordinator:
         self.pending: tuple[str, dict[str, Any]] | None = None
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
-        self.mixing = Exchange(len(plan.placement.rows))
-        self.actors: list[ActorHandle[Any]] = []
-        self.group: PlacementGroup | None = None
+        self.started: Crew | None = None
         self.sink: MlflowSink | None = None
         self.task: asyncio.Task[Report] | None = None
+
+    @property
+    def crew(self) -> Crew:
+        """The actors.
+
+        Raises:
+            ConnectionError: there are none: before the first start, and between a failure and the next.
+        """
+        if not self.started:
+            raise ConnectionError("the actors have been let go")
+        return self.started
 
     async def run(self) -> Report:
         """The whole run; its end, however it comes, is in the run folder and in MLflow.
@@ -174,7 +122,7 @@ class Coordinator:
         self, number: int, rank: int, rows: NDArray[Any], M_rows: NDArray[Any], timeout: float
     ) -> NDArray[Any]:
         """The data plane of the coordinator transport; see `Exchange.mix`."""
-        return await self.mixing.mix(number, rank, rows, M_rows, timeout)
+        return await self.crew.exchange.mix(number, rank, rows, M_rows, timeout)
 
     async def progress(self) -> Progress:
         """Where the run stands."""
@@ -277,7 +225,7 @@ class Coordinator:
         await self._commit(wait=True)
         step = self.course.step + (fine_tuned or 0)
         name = checkpoint_name(step, self.generation)
-        await self._all("checkpoint", name)
+        await self.crew.all("checkpoint", name)
         course, executions = self.course.state(), self.executions
         record = {"step": step, "fine_tuned": fine_tuned, "executions": executions, "course": course}
         record["identity"] = self.plan.identity
@@ -285,10 +233,10 @@ class Coordinator:
 
     async def _commit(self, *, wait: bool) -> None:
         """Makes the checkpoint count that is being written, once it is there."""
-        if not self.pending or not (wait or all(await self._all("is_written"))):
+        if not self.pending or not (wait or all(await self.crew.all("is_written"))):
             return
         (name, record), self.pending = self.pending, None
-        written = await self._all("files_written")
+        written = await self.crew.all("files_written")
         failed = next((what for what in written if isinstance(what, str)), None)
         if failed is None:
             try:
@@ -318,13 +266,11 @@ class Coordinator:
         return min(longest, every - step % every) if every else longest
 
     async def _start_actors(self) -> None:
-        limit = self.plan.config.resources.start_timeout
         starts = ("started", "resumed", "recovering")  # one of them precedes each start of actors
         self.generation = sum(event["kind"] in starts for event in self.folder.events()) - 1
-        crew = await self._find_room(limit)
-        self.mixing = Exchange(len(self.plan.placement.rows))
-        self.group, self.actors, hosts = crew.group, crew.actors, crew.hosts
-        await self._prove_storage(hosts, limit)
+        self.started = crew = await self._find_room()
+        hosts = crew.hosts
+        await self._prove_storage()
         if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
             raise RunError(
                 "transfer.transport: shared_memory needs all actors on one host, and they are on "
@@ -332,41 +278,41 @@ class Coordinator:
             )
         if len(set(hosts)) == 1:  # what stays on a host need not be heard outside
             hosts = ["127.0.0.1"] * len(hosts)
-        meet: Any = self.actors[0].meet.remote(self.plan, hosts[0])
-        self.meeting = meeting = await self._within(_awaitable(meet), 0, "meet", limit, "start_timeout")
+        self.meeting = meeting = await crew.one(0, "meet", self.plan, hosts[0], limit="start_timeout")
         me = ray.get_runtime_context().current_actor
         arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
-        executions = await self._all("setup", *arguments, timeout=limit, setting="start_timeout")
+        executions = await self.crew.all("setup", *arguments, limit="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
         self.was_ready = True
         self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
 
-    async def _prove_storage(self, hosts: Sequence[str], limit: float) -> None:
+    async def _prove_storage(self) -> None:
         """Has every actor show that what it writes is read here, and what is written here is read there."""
         token = token_hex()
 
         def check(answers: Sequence[str | None]) -> None:
-            for rank, (host, wrong) in enumerate(zip(hosts, answers, strict=True)):
+            for rank, (host, wrong) in enumerate(zip(self.crew.hosts, answers, strict=True)):
                 proof.conclude(self.folder, token, rank, host, wrong)
 
         try:
             await asyncio.to_thread(proof.begin, self.folder, token)
-            answers = await self._all("prove_storage", self.folder, token, timeout=limit, setting="start_timeout")
+            answers = await self.crew.all("prove_storage", self.folder, token, limit="start_timeout")
             await asyncio.to_thread(check, answers)
         finally:
             await asyncio.to_thread(proof.end, self.folder, token)
 
-    async def _find_room(self, limit: float) -> Crew:
+    async def _find_room(self) -> Crew:
         """Starts the actors; where a run that had them finds no room for as many any more, fewer."""
-        placement, deadline = self.plan.placement, time.monotonic() + limit
+        resources, placement = self.plan.config.resources, self.plan.placement
         if not self.was_ready:
-            return await start_actors(placement, limit)
+            return await Crew.start(placement, resources)
+        deadline = time.monotonic() + resources.start_timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
             try:
-                return await start_actors(placement, min(left, ROOM_SECONDS))
+                return await Crew.start(placement, resources, min(left, ROOM_SECONDS))
             except NoRoom:
                 # What others have taken may become free again; a node that is gone is seldom back in seconds.
                 actors = room(placement, free=left <= ROOM_SECONDS)
@@ -382,7 +328,7 @@ class Coordinator:
                 actors=self.plan.placement.describe(),
                 transport=self.plan.transport.name,
             )
-        return await start_actors(self.plan.placement, limit)
+        return await Crew.start(self.plan.placement, resources)
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
@@ -391,7 +337,7 @@ class Coordinator:
         longest, start, stepping, control, first = 1, time.monotonic(), 0.0, 0.0, self.course.step
         while chunk := self.course.next_chunk(self._until_checkpoint(self.course.step, longest)):
             asked = time.monotonic()
-            steps: list[Steps] = await self._all("run_steps", chunk)
+            steps: list[Steps] = await self.crew.all("run_steps", chunk)
             taken = max(step.seconds for step in steps)
             stepping, control = stepping + taken, control + time.monotonic() - asked - taken
             longest = max(1, round(CHUNK_SECONDS * len(chunk) / taken))
@@ -413,23 +359,15 @@ class Coordinator:
             total = Combination()
             for j, share in start.shares.items():  # one at a time: the whole population may not fit in here
                 total.add(share, await self._state(j))
-            rank, i = self._place(start.subproblem)
-            call: Any = self.actors[rank].reseed.remote(i, total.model())
-            await self._within(_awaitable(call), rank, "reseed")
+            rank, i = self.crew.place(start.subproblem)
+            await self.crew.one(rank, "reseed", i, total.model())
             self._event("reseeded", step=self.course.step, subproblem=start.subproblem)
 
     async def _state(self, subproblem: int) -> dict[str, NDArray[Any]]:
         """A subproblem's model."""
-        rank, i = self._place(subproblem)
-        call: Any = self.actors[rank].state.remote(i)
-        state: dict[str, NDArray[Any]] = await self._within(_awaitable(call), rank, "state")
+        rank, i = self.crew.place(subproblem)
+        state: dict[str, NDArray[Any]] = await self.crew.one(rank, "state", i)
         return state
-
-    def _place(self, subproblem: int) -> tuple[int, int]:
-        """The rank that holds a subproblem, and which of its rows that is."""
-        return next(
-            (r, subproblem - rows.start) for r, rows in enumerate(self.plan.placement.rows) if subproblem in rows
-        )
 
     async def _observe(self) -> None:
         self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
@@ -450,18 +388,18 @@ class Coordinator:
         if self.resumption and self.resumption.fine_tuned is not None:
             done = self.resumption.fine_tuned
         else:
-            await self._all("start_fine_tuning", self.course.ideal)
+            await self.crew.all("start_fine_tuning", self.course.ideal)
         longest, start, before = 1, time.monotonic(), done
         while done < total:
             n = min(self._until_checkpoint(trained + done, longest), total - done)
-            steps: list[Steps] = await self._all("fine_tune_steps", trained + done, n)
+            steps: list[Steps] = await self.crew.all("fine_tune_steps", trained + done, n)
             longest = max(1, round(CHUNK_SECONDS * n / max(step.seconds for step in steps)))
             done += n
             self._took(done, start, steps, trained + done - n, before)
             await self._commit(wait=False)
             if self._checkpoint_due(trained + done):
                 await self._start_checkpoint(done)
-        fine_tuned: list[FineTuned] = _in_order(await self._all("finish_fine_tuning"))
+        fine_tuned: list[FineTuned] = _in_order(await self.crew.all("finish_fine_tuning"))
         figures: dict[str, list[float | None]] = {
             "scalarized_before": [one.before for one in fine_tuned],
             "scalarized_after": [one.after for one in fine_tuned],
@@ -532,57 +470,15 @@ class Coordinator:
 
     def _release(self) -> None:
         """Lets go of the actors."""
-        self.mixing.fail("the run has ended")
-        for actor in self.actors:
-            ray.kill(actor)
-        if self.group:
-            remove_placement_group(self.group)
-        self.actors, self.group = [], None
+        if self.started:
+            self.started.release()
+        self.started = None
         if self.meeting and self.plan.transport.name == "shared_memory":  # left by actors that died while they met
             shutil.rmtree(self.meeting, ignore_errors=True)
             self.meeting = None
 
     async def _evaluations(self, split: str) -> list[Evaluation]:
-        return _in_order(await self._all("evaluate", split))
-
-    async def _all(
-        self, method: str, *arguments: Any, timeout: float | None = None, setting: str = "chunk_timeout"
-    ) -> list[Any]:
-        """Calls a method on every actor; the first failure ends the wait and is the one that counts."""
-        calls = [
-            asyncio.ensure_future(
-                self._within(_awaitable(getattr(actor, method).remote(*arguments)), rank, method, timeout, setting)
-            )
-            for rank, actor in enumerate(self.actors)
-        ]
-        done, pending = await asyncio.wait(calls, return_when=asyncio.FIRST_EXCEPTION)
-        failures = [error for call in done if (error := call.exception())]
-        if failures:
-            self.mixing.fail("another actor failed")
-            # An actor that misses another in a transfer fails too, often before Ray says what became of that one.
-            deadline = time.monotonic() + CAUSE_SECONDS
-            while pending and all(map(_is_collateral, failures)) and time.monotonic() < deadline:
-                done, pending = await asyncio.wait(
-                    pending, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED
-                )
-                failures += [error for call in done if (error := call.exception())]
-            for call in pending:
-                call.cancel()
-            raise min(failures, key=_is_collateral)
-        return [call.result() for call in calls]
-
-    async def _within(
-        self, call: Any, rank: int, method: str, timeout: float | None = None, setting: str = "chunk_timeout"
-    ) -> Any:
-        limit = self.plan.config.resources.chunk_timeout if timeout is None else timeout
-        rows = self.plan.placement.rows[rank]
-        name = f"actor {rank} (subproblems {rows.start} to {rows.stop - 1})"
-        try:
-            return await asyncio.wait_for(call, limit)
-        except asyncio.TimeoutError:
-            raise ActorLost(f"{name} did not answer {method} within {limit:g} s (resources.{setting})") from None
-        except (RayActorError, ObjectLostError, NodeDiedError) as error:
-            raise ActorLost(f"{name} died: {error}") from error
+        return _in_order(await self.crew.all("evaluate", split))
 
     def _enter(self, stage: Stage, steps: int) -> None:
         self.now = replace(self.now, stage=stage, step=0, steps=steps, steps_per_second=None)
@@ -602,75 +498,6 @@ class Coordinator:
             self.sink.log_training_losses(np.arange(first, first + len(losses)) + 1, losses)
 
 
-@dataclass(frozen=True)
-class Crew:
-    """Started actors.
-
-    Attributes:
-        group: what they take of the cluster.
-        actors: by rank.
-        hosts: their addresses.
-    """
-
-    group: PlacementGroup
-    actors: list[ActorHandle[Any]]
-    hosts: list[str]
-
-
-async def start_actors(placement: Placement, limit: float, actor: Any = _Actor) -> Crew:
-    """Starts an actor for each block of rows, ranks of one host side by side.
-
-    Args:
-        placement: of the rows.
-        limit: seconds to wait for room.
-        actor: class of the actors, made with their rank.
-
-    Raises:
-        NoRoom: there was none in time; what is free.
-    """
-    bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
-    name = f"{group_prefix(ray.get_runtime_context().get_actor_id())}{uuid4().hex}"
-    group = placement_group([bundle] * len(placement.rows), strategy="PACK", name=name)
-    try:
-        await asyncio.wait_for(_awaitable(group.ready()), limit)
-    except asyncio.TimeoutError:
-        remove_placement_group(group)
-        raise NoRoom(
-            f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
-            f"free now: {_resources(ray.available_resources())}"
-        ) from None
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    order = rank_order([nodes[index] for index in range(len(placement.rows))], addresses)
-    actors = []
-    for rank, index in enumerate(order):
-        scheduling = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-        options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
-        actors.append(actor.options(**options).remote(rank))
-    return Crew(group, actors, [addresses[nodes[index]] for index in order])
-
-
-def group_prefix(creator: str | None) -> str:
-    """What the names of the placement groups begin with that an actor of this id makes."""
-    return f"popmtl-{creator}-"
-
-
-def room(placement: Placement, *, free: bool) -> int:
-    """How many actors of a placement the nodes that are there could hold; or, if `free`, can beside what they do."""
-
-    def fit(resources: Mapping[str, float]) -> int:
-        by_cpu = int(resources.get("CPU", 0.0) / placement.cpus + 1e-9)
-        return min(by_cpu, int(resources.get("GPU", 0.0) / placement.gpus + 1e-9)) if placement.gpus else by_cpu
-
-    whole = sum(fit(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return min(whole, fit(ray.available_resources())) if free else whole
-
-
-def _is_collateral(error: BaseException) -> bool:
-    """Whether an actor failed for want of another: never the cause where there is a different failure."""
-    return isinstance(error, TimeoutError | GetTimeoutError | ConnectionError)
-
-
 def describe_failure(error: BaseException) -> str:
     """The cause of a failure in one line, without the layers that it came through."""
     cause = error.cause if isinstance(error, RayTaskError) else error
@@ -682,12 +509,3 @@ def describe_failure(error: BaseException) -> str:
 def _in_order(results: Sequence[Sequence[Any]]) -> list[Any]:
     """One list over all rows, from one list for each actor."""
     return [one for block in results for one in block]
-
-
-async def _awaitable(reference: Any) -> Any:
-    """A Ray reference as a coroutine, which asyncio can put a time limit on."""
-    return await reference
-
-
-def _resources(resources: dict[str, Any]) -> str:
-    return f"{resources.get('CPU', 0):g} CPU, {resources.get('GPU', 0):g} GPU"

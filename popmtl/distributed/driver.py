@@ -18,8 +18,10 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from popmtl.distributed.coordinator import Coordinator, Progress, Report, describe_failure, group_prefix
+from popmtl.distributed.coordinator import Coordinator, describe_failure
+from popmtl.distributed.crew import group_prefix
 from popmtl.distributed.plan import RunPlan
+from popmtl.distributed.progress import Progress, Report
 from popmtl.errors import RequestError, RunError
 
 _Coordinator: Any = ray.remote(Coordinator)

@@ -4,10 +4,9 @@ import os
 
 import pytest
 import ray
-from ray.util.placement_group import remove_placement_group
 
 from popmtl.config import ResourcesConfig
-from popmtl.distributed.coordinator import start_actors
+from popmtl.distributed.crew import Crew
 from popmtl.distributed.placement import hosts, place, rank_order
 from popmtl.errors import RequestError
 
@@ -90,13 +89,11 @@ def test_each_actor_has_a_gpu_to_itself_and_rows_are_packed_where_gpus_are_few(r
     placement = place(subproblems, ResourcesConfig(), ray_of_four)
     assert [len(held) for held in placement.rows] == packed
     assert placement.device == "cuda:0"
-    crew = asyncio.run(start_actors(placement, 60.0, ray.remote(Where)))
+    crew = asyncio.run(Crew.start(placement, ResourcesConfig(), actor=ray.remote(Where)))
     try:
-        found = ray.get([actor.here.remote() for actor in crew.actors], timeout=60)
+        found = asyncio.run(crew.all("here"))
     finally:
-        for actor in crew.actors:
-            ray.kill(actor)
-        remove_placement_group(crew.group)
+        crew.release()
     assert [rank for rank, _, _ in found] == list(range(len(packed)))
     seen = [visible for _, _, visible in found]
     assert [gpus for _, gpus, _ in found] == [[visible] for visible in seen], "one each, and Ray shows it no other"

@@ -1,0 +1,62 @@
+"""What a run tells while it goes on, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from popmtl.method.fine_tuning import FineTuned
+from popmtl.runs.front import Front
+from popmtl.tracking.links import Location
+
+Stage = Literal["starting", "training", "fine-tuning", "writing results"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        stage: what it is doing.
+        step: steps done in this stage.
+        steps: of the stage.
+        hypervolume: of the last evaluation on the validation split; None before the first.
+        losses: least and greatest training loss of the last chunk; None before it.
+        steps_per_second: in this stage; None at its start.
+        execution: how the actors take the gradients of several rows, and why; None where each has one, or before.
+        notices: what else happened since the run started, such as lost actors.
+    """
+
+    stage: Stage
+    step: int
+    steps: int
+    hypervolume: float | None = None
+    losses: tuple[float, float] | None = None
+    steps_per_second: float | None = None
+    execution: str | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of this stage, at its speed so far."""
+        return (self.steps - self.step) / self.steps_per_second if self.steps_per_second else None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run leaves.
+
+    Attributes:
+        front: the Pareto set, evaluated on the test split.
+        fine_tuned: what Aligned-MTL did to each model; empty without that stage.
+        location: the run in MLflow; None without tracking, or where MLflow could not be reached.
+        complaints: what could not be logged to MLflow.
+        unwritten: what could not be written to the run folder, and is not needed to use the front.
+    """
+
+    front: Front
+    fine_tuned: Sequence[FineTuned]
+    location: Location | None
+    complaints: Sequence[str]
+    unwritten: Sequence[str] = ()
