@@ -142,7 +142,7 @@ def runs(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     """`popmtl verify`: every file of a run's checkpoints against its manifest."""
-    from popmtl.runs.checkpoint import checkpoints, damage
+    from popmtl.runs.checkpoint import checkpoints, damage, hypervolume_of
     from popmtl.runs.folder import RunFolder
     from popmtl.runs.storage import split
 
@@ -152,7 +152,9 @@ def verify(options: argparse.Namespace) -> None:
         found = checkpoints(folder)
     damaged = {name: what for name in found if (what := damage(folder, name))}
     for name in found:
-        print(f"{split(name)[1]}: {damaged.get(name, 'whole')}")
+        hypervolume = hypervolume_of(folder, name)
+        figure = "" if hypervolume is None else f", hypervolume {hypervolume:.5g}"
+        print(f"{split(name)[1]}: {damaged.get(name, f'whole{figure}')}")
     if damaged:
         raise RunError(f"{folder.location}: {len(damaged)} of {len(found)} checkpoints are damaged")
     if not found:

@@ -220,6 +220,7 @@ class CheckpointConfig(_Section):
     every_steps: Annotated[Count, Field(ge=1)] | None = None
     every_minutes: Annotated[Number, Field(gt=0)] | None = 10.0
     keep: Annotated[Count, Field(ge=1)] = 2
+    keep_best: bool = False
 
 
 class RecoveryConfig(_Section):

@@ -226,9 +226,14 @@ class Coordinator:
         step = self.course.step + (fine_tuned or 0)
         name = checkpoint_name(step, self.generation)
         await self.crew.all("checkpoint", name)
-        course, executions = self.course.state(), self.executions
-        record = {"step": step, "fine_tuned": fine_tuned, "executions": executions, "course": course}
-        record["identity"] = self.plan.identity
+        record = {
+            "step": step,
+            "fine_tuned": fine_tuned,
+            "executions": self.executions,
+            "course": self.course.state(),
+            "hypervolume": self.course.history[-1].hypervolume,
+            "identity": self.plan.identity,
+        }
         self.pending, self.last_checkpoint = (name, record), time.monotonic()
 
     async def _commit(self, *, wait: bool) -> None:
@@ -245,7 +250,8 @@ class Coordinator:
                 failed = str(error)
         with suppress(OSError):  # what stays is removed after the next checkpoint
             if failed is None:
-                await asyncio.to_thread(keep_last, self.folder, self.plan.config.checkpoint.keep)
+                keep = self.plan.config.checkpoint
+                await asyncio.to_thread(keep_last, self.folder, keep.keep, best=keep.keep_best)
             else:  # what there is of it takes room that the next one may need
                 await asyncio.to_thread(discard, self.folder, name)
         if failed is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
@@ -202,12 +203,29 @@ def set_aside(folder: RunFolder, checkpoint: str) -> None:
     folder.files.remove(manifest)
 
 
-def keep_last(folder: RunFolder, count: int) -> None:
-    """Removes all but the last checkpoints, and what was begun and not committed before them."""
-    kept = checkpoints(folder)[:count]
+def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:
+    """Removes all but the last checkpoints, and what was begun and not committed before them.
+
+    Args:
+        folder: of the run.
+        count: of the last ones, at least 1.
+        best: keep the one with the largest hypervolume too, of several the latest.
+    """
+    found = checkpoints(folder)
+    kept = found[:count]
+    if best and found:
+        kept.append(max(found, key=lambda checkpoint: hypervolume_of(folder, checkpoint) or -math.inf))
     for checkpoint in _begun(folder):
         if kept and checkpoint not in kept and checkpoint < kept[0]:
             discard(folder, checkpoint)
+
+
+def hypervolume_of(folder: RunFolder, checkpoint: str) -> float | None:
+    """The hypervolume of the last evaluation before a checkpoint; None where its course cannot be read."""
+    try:
+        return float(json.loads(folder.read(f"{checkpoint}/{COURSE}"))["hypervolume"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def discard(folder: RunFolder, checkpoint: str) -> None:

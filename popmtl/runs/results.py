@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from popmtl.errors import RequestError, RunError
+from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front
 from popmtl.runs.picture import draw_front
@@ -85,12 +87,14 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_model(run_folder: str | Path, subproblem: int) -> nn.Module:
+def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None = None) -> nn.Module:
     """A trained member of a run's Pareto set, on the CPU and in evaluation mode.
 
     Args:
         run_folder: the run's folder, a path or a URL.
         subproblem: the member's number.
+        checkpoint: name of a checkpoint, such as "step-00000300", to take the model from as it was then; None takes
+            the result.
 
     Returns:
         The model that the run's problem builds, with the member's weights.
@@ -100,20 +104,36 @@ def load_model(run_folder: str | Path, subproblem: int) -> nn.Module:
             the problem builds now.
     """
     # Here and not above: reading a front needs no problem.
+    from popmtl.method.flat import Layout
+    from popmtl.method.mtgd import initial_model
     from popmtl.problems.registry import load_problem
 
     folder = RunFolder(run_folder)
-    parameters = dict(folder.config()["problem"])
+    config = folder.config()
+    parameters = dict(config["problem"])
     name = parameters.pop("name")
+    problem = load_problem(name, parameters)
     file = f"pareto/{model_file(subproblem)}"
+    if checkpoint:
+        file = f"checkpoints/{checkpoint}/{subproblem_file(subproblem)}"
     if not folder.files.entry(file):
         present = sorted(int(number) for number in folder.files.children("pareto/models"))
-        raise RequestError(f"{folder.location} has no model of subproblem {subproblem}; it has those of {present}")
-    model = load_problem(name, parameters).model()
+        raise RequestError(
+            f"{folder.location} has no model of subproblem {subproblem}; it has those of {present}"
+            if checkpoint is None
+            else f"{folder.location} has no checkpoint {checkpoint} of subproblem {subproblem}"
+        )
     with folder.fetched(file) as path:
         state = load_state(path)
     try:
-        model.load_state_dict(state, strict=True)
+        if checkpoint:
+            model = initial_model(problem, config["seed"], torch.float32)  # what is not trained is in no checkpoint
+            buffers = {key.partition("/")[2]: value for key, value in state.items() if key.startswith("buffers/")}
+            views = Layout.of(model, problem.transfers).views(state["row"])
+            model.load_state_dict({**model.state_dict(), **views, **buffers})
+        else:
+            model = problem.model()
+            model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise RequestError(f"{folder.files.where(file)} does not fit the model of problem {name!r}: {error}") from error
     return model.eval()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 from toy_problems import config
 
 from popmtl.config import Config
-from popmtl.distributed.plan import make_plan
+from popmtl.distributed.plan import make_plan, train_in_process
 from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, SubproblemActor
 from popmtl.errors import RequestError
@@ -18,6 +19,7 @@ from popmtl.method.course import Course
 from popmtl.method.population import objective_matrix
 from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, files_of, subproblem_file, write_tensors
 from popmtl.runs.folder import RunFolder
+from popmtl.runs.results import load_model
 
 STEPS, FINE_TUNE = 30, 10
 FILES = ["manifest.json", "course.json", *map(subproblem_file, range(4))]
@@ -254,3 +256,16 @@ def test_the_plan_of_a_resumed_config_is_of_the_same_identity(plan, tmp_path):
     read = Config.model_validate(yaml.safe_load((folder.path / "config.yaml").read_text()))
     again = make_plan(read.model_copy(update={"storage": "elsewhere"}), {"CPU": 8.0})
     assert json.loads(json.dumps(again.identity)) == json.loads(json.dumps(plan.identity))
+
+
+def test_a_model_is_loaded_from_a_checkpoint_as_it_was_then(plan, ended):
+    _, folder = ended(20)
+    folder.write_config(plan.config.resolved())
+    block = train_in_process(replace(plan, factors=plan.factors[:20], aligned=None)).block
+    for subproblem, theirs in enumerate(block.models):
+        ours = load_model(folder.path, subproblem, "step-00000020")
+        assert not ours.training
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+    with pytest.raises(RequestError, match="no checkpoint step-00000021 of subproblem 0"):
+        load_model(folder.path, 0, "step-00000021")

@@ -12,6 +12,7 @@ from popmtl.runs.checkpoint import (
     commit,
     damage,
     files_of,
+    hypervolume_of,
     keep_last,
     last_whole,
     read_tensors,
@@ -167,6 +168,17 @@ def test_damaged_ones_that_are_passed_over_do_not_take_the_place_of_those_that_f
     commit(folder, checkpoint_name(150, 1), [], {"step": 150})
     keep_last(folder, 1)
     assert checkpoints(folder) == [checkpoint_name(150, 1)]
+
+
+def test_the_best_one_is_kept_on_request(folder):
+    for step, hypervolume in ((300, 2.0), (400, 3.0), (500, 3.0), (600, 1.0), (700, 2.5)):
+        commit(folder, checkpoint_name(step), [], {"step": step, "hypervolume": hypervolume})
+    folder.write(f"{checkpoint_name(200)}/course.json", b"no course")
+    keep_last(folder, 2, best=True)
+    assert checkpoints(folder) == [checkpoint_name(step) for step in (700, 600, 500)]
+    assert hypervolume_of(folder, checkpoint_name(500)) == 3.0
+    keep_last(folder, 1)
+    assert checkpoints(folder) == [checkpoint_name(700)]
 
 
 def test_a_version_that_is_not_ours_is_not_read(folder):
