@@ -11,7 +11,7 @@ from toy_problems import config
 from popmtl.distributed import driver
 from popmtl.distributed.plan import train_in_process
 from popmtl.errors import RequestError
-from popmtl.runs.checkpoint import checkpoints
+from popmtl.runs.checkpoint import checkpoint_name, checkpoints
 from popmtl.runs.results import load_model, load_state
 
 TRANSPORTS = [("shared_memory", 2), ("collective", 2), ("coordinator", 2)]
@@ -73,9 +73,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_with_a_row_out_ends_the_same(run):
     data = planted(2, 2, [13, 33], checkpoint={"every_steps": 15, "keep": 9}, train={"execution": "loop"})
     plan, folder, report = run(data)
     expected, metrics = states(folder), folder.metrics()
-    assert [path.name for path in checkpoints(folder)] == [f"step-{step:08d}" for step in (45, 30, 15)]
+    assert checkpoints(folder) == [checkpoint_name(step) for step in (45, 30, 15)]
     for step in (30, 45):
-        shutil.rmtree(folder.path / "checkpoints" / f"step-{step:08d}")
+        shutil.rmtree(folder.path / checkpoint_name(step))
     shutil.rmtree(folder.pareto)
     again = driver.run(plan, folder.path, "test", lambda progress: None, resumes=True)
     assert again.front == report.front
