@@ -491,40 +491,52 @@ def wait_for(process, ready, seconds):
         time.sleep(0.1)
 
 
-def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell):
-    train = {"steps": 3000, "evaluate_every": 1000}
-    data = {"train": train, "fine_tune": {"steps": 50}, "checkpoint": {"every_steps": 250}}
-    straight = shell.start("train.execution=loop", tracking={"enabled": False}, **data)
-    assert straight.wait(timeout=240) == OK
-    (shell.folder / "runs" / "one").rename(shell.folder / "runs" / "straight")
-    broken = shell.start("train.execution=loop", **data)
+KILLED = {
+    "train": {"steps": 1500, "evaluate_every": 500, "execution": "loop"},
+    "fine_tune": {"steps": 20},
+    "checkpoint": {"every_steps": 100},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run of that config that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "small.yaml").write_text(yaml.safe_dump({**SMALL, **KILLED, "tracking": {"enabled": False}}))
+    command = [sys.executable, "-m", "popmtl", "train", "small.yaml", "--run-name", "one"]
+    subprocess.run(command, cwd=folder, env=clean_environment(), check=True, capture_output=True, timeout=240)
+    return RunFolder(folder / "runs" / "one")
+
+
+def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell, undisturbed):
+    data = KILLED
+    broken = shell.start(**data)
     wait_for(broken, lambda: len(checkpoints(shell.run)) > 1, 120)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate(timeout=60)
     assert shell.survivors(30.0) == []
     assert shell.run.state() == "lost"
     last, before, *_ = checkpoints(shell.run)
-    file = last / subproblem_file(1)
+    file = shell.run.path / last / subproblem_file(1)
     file.write_bytes(file.read_bytes()[:100])
     again = shell.start("--resume", "runs/one", named=False, **data)
     out, err = again.communicate(timeout=240)
     assert again.returncode == OK, err
     assert f"damaged checkpoint, passed over: {file} has 100 bytes" in out
-    assert f"goes on from {before.name}" in out
+    assert f"goes on from {before}" in out
     events = [event["kind"] for event in shell.run.events()]
     assert events.index("rewound") > events.index("resumed")
-    undisturbed = RunFolder(shell.folder / "runs" / "straight")
     assert shell.run.front() == undisturbed.front()
     assert shell.run.metrics() == undisturbed.metrics()
     client, (parent, *members) = runs_in_mlflow(shell.folder / "runs")
     assert [r.info.status for r in (parent, *members)] == ["FINISHED"] * 5
     assert "rewound: step " in parent.data.tags["popmtl.event.1"]
     seen = [point.step for point in client.get_metric_history(parent.info.run_id, "hypervolume")]
-    assert seen == [0, 1000, 2000, 3000, 3050]
+    assert seen == [0, 500, 1000, 1500, 1520]
     for member in members:
         steps = sorted(point.step for point in client.get_metric_history(member.info.run_id, "train/loss/f1"))
         assert len(set(steps)) == len(steps) > 250
-        assert steps[-1] == 3050
+        assert steps[-1] == 1520
 
 
 def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the_same(shell, s3, capsys):

@@ -17,12 +17,12 @@ from popmtl.runs.checkpoint import MANIFEST, checkpoints
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_state
 
-STEPS, FINE_TUNE, EVERY = 4000, 800, 250
+STEPS, FINE_TUNE, EVERY = 1600, 400, 200
 
 
 def data(transport="shared_memory", **more):
     transfer = {"transport": transport, "schedule": "constant", "strength": 0.4}
-    train = {"steps": STEPS, "evaluate_every": 1000, "dtype": "float32", **more.pop("train", {})}
+    train = {"steps": STEPS, "evaluate_every": 400, "dtype": "float32", **more.pop("train", {})}
     checkpoint = {"every_steps": EVERY}
     return config(2, train=train, transfer=transfer, checkpoint=checkpoint, fine_tune={"steps": FINE_TUNE}, **more)
 
@@ -57,7 +57,7 @@ class Killer:
 
     def __init__(self, times=1, kind="SubproblemActor", stage="training", how=signal.SIGKILL):
         self.times, self.kind, self.stage, self.how, self.pids = times, kind, stage, how, []
-        self.first, self.last = (500, STEPS - 500) if stage == "training" else (100, FINE_TUNE - 100)
+        self.first, self.last = (300, STEPS - 300) if stage == "training" else (50, FINE_TUNE - 20)
 
     def is_time(self, progress):
         in_the_middle = progress.stage == self.stage and self.first <= progress.step < self.last
@@ -115,7 +115,7 @@ def test_a_killed_actor_costs_time_and_nothing_else(run, undisturbed, transport)
     assert report.front.steps == STEPS + FINE_TUNE
     assert_equal(folder, undisturbed(data(transport)))
     # What the first actors wrote last, they might have written while the second ones did.
-    assert all(path.name.endswith("-0001") for path in checkpoints(folder))
+    assert all(name.endswith("-0001") for name in checkpoints(folder))
     assert len(checkpoints(folder)) == 2
 
 
@@ -161,16 +161,11 @@ def test_an_actor_that_hangs_is_named_and_replaced(run, undisturbed):
 def test_connections_that_break_are_made_anew(run, undisturbed, tmp_path):
     broken = data("collective")
     marker = tmp_path / "broken"
-    broken["problem"] = {"name": "toy_problems:LosesItsConnections", "marker": str(marker), "draw": 1500}
+    broken["problem"] = {"name": "toy_problems:LosesItsConnections", "marker": str(marker), "draw": 700}
     _, folder, _ = run(broken)
     assert marker.exists()
     assert "connection" in event(folder, "recovering")["error"]
     assert_equal(folder, undisturbed(data("collective")))
-
-
-def test_failures_are_counted_and_the_last_one_is_the_runs(run):
-    with pytest.raises(RunError, match=r"actor \d \(subproblems \d to \d\) died"):
-        run(data("shared_memory", recovery={"max_failures": 0}), Killer())
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_path):
@@ -189,7 +184,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_p
 
 def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
     with pytest.raises(KeyboardInterrupt):
-        run(data(), interrupt("fine-tuning", 300))
+        run(data(), interrupt("fine-tuning", 150))
     _, folder, _ = resume("run-1", data())
     assert event(folder, "rewound")["step"] > STEPS
     assert_equal(folder, undisturbed(data()))
@@ -198,7 +193,7 @@ def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
 def test_a_run_goes_on_with_another_number_of_actors(run, resume, undisturbed, tmp_path):
     exact = data("collective", train={"dtype": "float64"})
     with pytest.raises(KeyboardInterrupt):
-        run(exact, interrupt("training", 500))
+        run(exact, interrupt("training", 300))
     for actors in (1, 3):
         name = f"on-{actors}"
         shutil.copytree(tmp_path / "runs" / "run-1", tmp_path / "runs" / name)
