@@ -500,12 +500,12 @@ KILLED = {
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The folder of a run of that config that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "small.yaml").write_text(yaml.safe_dump({**SMALL, **KILLED, "tracking": {"enabled": False}}))
-    command = [sys.executable, "-m", "popmtl", "train", "small.yaml", "--run-name", "one"]
-    subprocess.run(command, cwd=folder, env=clean_environment(), check=True, capture_output=True, timeout=240)
-    return RunFolder(folder / "runs" / "one")
+    """A run of that config that nothing disturbs."""
+    shell = Shell(tmp_path_factory.mktemp("undisturbed"))
+    process = shell.start(**KILLED, tracking={"enabled": False})
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == OK, err
+    return shell.run
 
 
 def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell, undisturbed):
@@ -539,13 +539,9 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(she
         assert steps[-1] == 1520
 
 
-def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the_same(shell, s3, capsys):
-    train, fine_tune = {"steps": 1500, "evaluate_every": 500}, {"steps": 20}
-    data = {"train": train, "fine_tune": fine_tune, "tracking": {"enabled": False}}
-    straight = shell.start("train.execution=loop", **data)
-    assert straight.wait(timeout=240) == OK
-    data["checkpoint"] = {"every_steps": 100}
-    broken = shell.start("train.execution=loop", "--storage", s3, **data)
+def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the_same(shell, s3, undisturbed, capsys):
+    data = KILLED | {"tracking": {"enabled": False}}
+    broken = shell.start("--storage", s3, **data)
     run = RunFolder(joined(s3, "one"))
     wait_for(broken, lambda: len(checkpoints(run)) == 2, 240)
     os.killpg(broken.pid, signal.SIGKILL)
@@ -566,10 +562,10 @@ def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the
     events = [event for event in run.events() if event["kind"] in ("damaged checkpoint", "rewound")]
     assert [event.get("checkpoint") for event in events] == [latest, None, before]
     assert file in events[1]["what"]
-    assert run.front() == shell.run.front()
-    assert run.metrics() == shell.run.metrics()
+    assert run.front() == undisturbed.front()
+    assert run.metrics() == undisturbed.metrics()
     for subproblem in range(4):
-        ours, theirs = (load_model(place, subproblem).state_dict() for place in (run.location, shell.run.path))
+        ours, theirs = (load_model(place, subproblem).state_dict() for place in (run.location, undisturbed.path))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((shell.folder / "runs").glob("s3*")), "nothing of it lies here"
     assert main(["runs", "--storage", s3]) == OK

@@ -106,9 +106,9 @@ def run(
     coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes)
     ending = coordinator.run.remote()
     try:
-        with _signals_interrupt():
+        with _signals_interrupt() as check:
             limit = plan.config.resources.start_timeout + plan.config.resources.chunk_timeout
-            _watch(coordinator, ending, limit, show)
+            _watch(coordinator, ending, limit, show, check)
             report: Report = ray.get(ending)
             return report
     except KeyboardInterrupt:
@@ -132,10 +132,13 @@ def _remove_groups(prefix: str) -> None:
                 remove_placement_group(get_placement_group(group["name"]))
 
 
-def _watch(coordinator: Any, ending: Any, limit: float, show: Callable[[Progress], None]) -> None:
+def _watch(
+    coordinator: Any, ending: Any, limit: float, show: Callable[[Progress], None], check: Callable[[], None]
+) -> None:
     """Shows the coordinator's progress until its run ends; a silence of `limit` seconds fails the run."""
     asked, answered = coordinator.progress.remote(), time.monotonic()
     while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
+        check()
         if ray.wait([asked], timeout=0)[0]:
             show(ray.get(asked))
             asked, answered = coordinator.progress.remote(), time.monotonic()
@@ -144,10 +147,27 @@ def _watch(coordinator: Any, ending: Any, limit: float, show: Callable[[Progress
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _signals_interrupt() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM interrupt. Gives a function that does so later, where an interrupt was lost.
+
+    Python drops an exception that is raised in a destructor, as that of any of Ray's references may be.
+    """
+    came = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    both = (signal.SIGINT, signal.SIGTERM)
+    # A command in the background ignores SIGINT, as it should: Ctrl-C there is meant for another.
+    previous = {n: signal.signal(n, interrupt) for n in both if signal.getsignal(n) is not signal.SIG_IGN}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

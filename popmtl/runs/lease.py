@@ -26,11 +26,15 @@ SETTLE_SECONDS = 2.0
 """Of two who take the lease at once, the one that wrote last has it: the other reads that, so much later."""
 
 
+LOST = signal.SIGUSR1
+"""Wakes the main thread of who lost a lease. Not SIGINT, which a command in the background ignores."""
+
+
 @contextmanager
 def lease(files: Storage) -> Iterator[None]:
     """Holds the lease of a folder.
 
-    It has to be taken in the main thread, which is interrupted if another process takes the lease; that one could have
+    Taken in the main thread, that is interrupted if another process takes the lease; that one could have
     found it unchanged if this process was stopped, or could not reach the storage, for a while.
 
     Raises:
@@ -44,8 +48,10 @@ def lease(files: Storage) -> Iterator[None]:
     time.sleep(SETTLE_SECONDS)
     if _owner(_content(files)) != me:
         raise BlockingIOError
-    end, lost, main = threading.Event(), threading.Event(), threading.main_thread().ident
-    assert main is not None  # it runs
+    end, lost, main = threading.Event(), threading.Event(), threading.main_thread()
+    interruptible = threading.current_thread() is main
+    if interruptible:
+        previous = signal.signal(LOST, signal.default_int_handler)
 
     def keep() -> None:
         count = 0
@@ -53,7 +59,8 @@ def lease(files: Storage) -> Iterator[None]:
             with suppress(OSError, ValueError):  # it tries again
                 if _owner(_content(files)) not in (me, None):
                     lost.set()
-                    signal.pthread_kill(main, signal.SIGINT)
+                    if interruptible and main.ident:
+                        signal.pthread_kill(main.ident, LOST)
                     return
                 count += 1
                 _renew(files, me, count)
@@ -69,6 +76,8 @@ def lease(files: Storage) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
+        if interruptible:
+            signal.signal(LOST, previous)
         if not lost.is_set():
             with suppress(OSError):  # whoever comes next waits, then
                 files.remove(NAME)
