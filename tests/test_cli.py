@@ -456,6 +456,7 @@ def test_a_problem_that_turns_nan_fails_the_run_and_is_named(shell):
     assert (last["kind"], last["error"]) == ("failed", cause)
 
 
+@pytest.mark.slow
 def test_batches_that_end_fail_the_run_and_are_named(shell):
     process = shell.start(problem="user_problems:FewBatches", train={"steps": 50}, tracking={"enabled": False})
     _, err = process.communicate(timeout=120)
@@ -539,6 +540,7 @@ def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(she
         assert steps[-1] == 1520
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_that_is_killed_and_loses_a_checkpoint_ends_the_same(shell, s3, undisturbed, capsys):
     data = KILLED | {"tracking": {"enabled": False}}
     broken = shell.start("--storage", s3, **data)

@@ -10,6 +10,7 @@ import kill_trials
 import pytest
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_node_and_ends_the_same(tmp_path):
     # In a process of its own: this one may be connected to another Ray.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

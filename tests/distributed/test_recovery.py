@@ -119,6 +119,7 @@ def test_a_killed_actor_costs_time_and_nothing_else(run, undisturbed, transport)
     assert len(checkpoints(folder)) == 2
 
 
+@pytest.mark.slow
 def test_an_actor_that_dies_in_the_last_stage_is_recovered_there(run, undisturbed):
     killer = Killer(stage="fine-tuning")
     _, folder, _ = run(data(), killer)
@@ -127,6 +128,7 @@ def test_an_actor_that_dies_in_the_last_stage_is_recovered_there(run, undisturbe
     assert_equal(folder, undisturbed(data()))
 
 
+@pytest.mark.slow
 def test_an_actor_that_dies_while_it_writes_a_checkpoint_leaves_the_one_before(run, undisturbed, tmp_path):
     killer = WriterKiller(tmp_path / "runs" / "run-1")
     _, folder, _ = run(data(), killer)
@@ -143,6 +145,7 @@ def test_a_coordinator_that_is_killed_ends_the_run_and_leaves_all_that_a_resume_
     assert_equal(folder, undisturbed(data()))
 
 
+@pytest.mark.slow
 def test_an_actor_that_hangs_is_named_and_replaced(run, undisturbed):
     killer = Killer(how=signal.SIGSTOP)
     limited = data("collective")
@@ -158,6 +161,7 @@ def test_an_actor_that_hangs_is_named_and_replaced(run, undisturbed):
     assert not psutil.pid_exists(killer.pids[0]), "it still hangs there"
 
 
+@pytest.mark.slow
 def test_connections_that_break_are_made_anew(run, undisturbed, tmp_path):
     broken = data("collective")
     marker = tmp_path / "broken"
@@ -168,6 +172,7 @@ def test_connections_that_break_are_made_anew(run, undisturbed, tmp_path):
     assert_equal(folder, undisturbed(data("collective")))
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_path):
     killer = Killer()
 
@@ -182,6 +187,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_p
         run(rarely, damage_and_kill)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
     with pytest.raises(KeyboardInterrupt):
         run(data(), interrupt("fine-tuning", 150))
@@ -190,6 +196,7 @@ def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
     assert_equal(folder, undisturbed(data()))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_actors(run, resume, undisturbed, tmp_path):
     exact = data("collective", train={"dtype": "float64"})
     with pytest.raises(KeyboardInterrupt):

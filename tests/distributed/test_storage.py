@@ -48,6 +48,7 @@ def small_disk(tmp_path):
     libc.umount2(os.fsencode(path), 2)
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_checkpoints_and_no_lines(ray_of_four, small_disk):
     """It is full after the first checkpoint, and has room again after the first that fails."""
     train, checkpoint = {"steps": 4000, "evaluate_every": 250}, {"every_steps": 250}

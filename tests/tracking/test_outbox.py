@@ -222,6 +222,7 @@ def test_a_server_that_is_away_for_a_third_of_the_run(server, tmp_path, caplog):
     assert back.startswith("MLflow answers again")
 
 
+@pytest.mark.slow
 def test_a_locked_database(tmp_path, database, caplog):
     shutil.copy(database, tmp_path / "mlflow.db")
     folder = make_folder(tmp_path)
@@ -240,6 +241,7 @@ def test_a_locked_database(tmp_path, database, caplog):
     assert "MLflow does not answer" in caplog.text  # it was retried by us, and not waited for by SQLite
 
 
+@pytest.mark.slow
 def test_what_is_left_is_sent_by_popmtl_track(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mlflow_sink, "AWAY_SECONDS", 2.0)
     folder = make_folder(tmp_path)
@@ -393,6 +395,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_begun_anew_and_said_to_be(tmp_path,
     assert_everything_once(uri, "deleted", models=())
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_make_one_database_and_lose_nothing(tmp_path):
     sinks = [open_sink(make_folder(tmp_path, name), None, name) for name in ("one", "two")]
     for sink in sinks:
