@@ -14,7 +14,15 @@ from popmtl.errors import RequestError
 from popmtl.runs.checkpoint import checkpoint_name, checkpoints
 from popmtl.runs.results import load_model, load_state
 
-TRANSPORTS = [("shared_memory", 2), ("collective", 2), ("coordinator", 2)]
+SLOW = pytest.mark.slow
+RUNS = [
+    ("shared_memory", "consensus"),
+    ("collective", "adapt_then_combine"),
+    pytest.param("coordinator", "consensus", marks=SLOW),
+    pytest.param("shared_memory", "adapt_then_combine", marks=SLOW),
+    pytest.param("collective", "consensus", marks=SLOW),
+    pytest.param("coordinator", "adapt_then_combine", marks=SLOW),
+]
 
 
 def planted(actors, subproblem, steps, **more):
@@ -31,12 +39,11 @@ def of_kind(folder, kind):
     return [event for event in folder.events() if event["kind"] == kind]
 
 
-@pytest.mark.parametrize("order", ["consensus", "adapt_then_combine"])
-@pytest.mark.parametrize(("transport", "actors"), TRANSPORTS)
-def test_no_other_row_is_touched_and_the_front_is_full(run, transport, actors, order):
+@pytest.mark.parametrize(("transport", "order"), RUNS)
+def test_no_other_row_is_touched_and_the_front_is_full(run, transport, order):
     rng = np.random.default_rng(len(transport) + len(order))
     subproblem, step = int(rng.integers(4)), int(rng.integers(50))
-    plan, folder, report = run(planted(actors, subproblem, [step], order=order, transfer={"transport": transport}))
+    plan, folder, report = run(planted(2, subproblem, [step], order=order, transfer={"transport": transport}))
     (left,) = of_kind(folder, "left")
     assert (left["subproblem"], left["step"]) == (subproblem, step)
     (reseeded,) = of_kind(folder, "reseeded")

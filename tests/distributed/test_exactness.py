@@ -25,13 +25,22 @@ def largest_difference(ours, theirs):
     return max(float((a[k] - b[k]).abs().max()) for a, b in zip(ours, theirs, strict=True) for k in b)
 
 
-@pytest.mark.parametrize(
-    ("transport", "actors"), [("local", 1), ("shared_memory", 4), ("collective", 4), ("coordinator", 2)]
-)
-@pytest.mark.parametrize(
-    ("order", "optimizer"), [("consensus", SGD), ("adapt_then_combine", ADAM)], ids=["consensus", "adapt_then_combine"]
-)
-def test_a_distributed_run_equals_the_reference(run, actors, transport, order, optimizer):
+SLOW = pytest.mark.slow
+RUNS = [
+    ("shared_memory", 4, "consensus"),
+    ("collective", 4, "adapt_then_combine"),
+    ("coordinator", 2, "consensus"),
+    pytest.param("local", 1, "consensus", marks=SLOW),
+    pytest.param("local", 1, "adapt_then_combine", marks=SLOW),
+    pytest.param("shared_memory", 4, "adapt_then_combine", marks=SLOW),
+    pytest.param("collective", 4, "consensus", marks=SLOW),
+    pytest.param("coordinator", 2, "adapt_then_combine", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("transport", "actors", "order"), RUNS)
+def test_a_distributed_run_equals_the_reference(run, actors, transport, order):
+    optimizer = SGD if order == "consensus" else ADAM
     plan, folder, _ = run(config(actors, order, optimizer, transfer={"transport": transport}))
     assert [len(rows) for rows in plan.placement.rows] == [4 // actors] * actors
     assert plan.transport.name == transport
