@@ -135,8 +135,8 @@ class MlflowSink:
             "objectives": list(objectives),
             "weights": np.asarray(weights, dtype=np.float64).tolist(),
             "params": {key: value for key, value in params.items() if key not in known},
-            # MLflow's params cannot be changed.
-            "changed": {key: value for key, value in params.items() if known.get(key, value) != value},
+            # MLflow's params cannot be changed. A storage that is named in another way is none.
+            "changed": {k: v for k, v in params.items() if known.get(k, v) != v and k != "storage"},
         }
         sink = cls(folder, journal, opening, steps)
         sink._outbox.add("opening", opening)
