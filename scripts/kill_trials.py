@@ -42,6 +42,7 @@ from typing import Any
 from uuid import uuid4
 
 import psutil
+import ray
 import yaml
 
 from popmtl.cli import BAD_REQUEST
@@ -418,7 +419,7 @@ class NodeKiller:
 
     Args:
         cluster: of Ray.
-        nodes: with an actor each; the first goes.
+        nodes: with an actor each; the first that is not this process's own goes.
         run: whose progress it is shown.
         spare: whether another node comes before.
     """
@@ -433,7 +434,10 @@ class NodeKiller:
         if self.lost is None and progress.stage == "training" and progress.step > NODE_STEPS // 4:
             if self.spare:
                 self.nodes.append(self.cluster.add_node(num_cpus=1))
-            self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
+            here = ray.get_runtime_context().get_node_id()  # Ray connects this process to any of the nodes
+            victim = next(node for node in self.nodes if node.node_id != here)
+            self.nodes.remove(victim)
+            self.cluster.remove_node(victim, allow_graceful=False)
             self.lost = time.monotonic()
         waits = self.lost is not None and self.back is None and progress.steps_per_second
         if waits and sum(event["kind"] == "ready" for event in self.run.events()) > 1:
