@@ -61,8 +61,8 @@ NODE_STEPS = 2000
 NODE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     "RAY_health_check_initial_delay_ms": "500",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
 }
 SECONDS = 150.0
