@@ -164,10 +164,12 @@ def verify(options: argparse.Namespace) -> None:
 @contextmanager
 def _reading(location: str) -> Iterator[None]:
     """Says which storage it is that fails while it is read."""
+    from popmtl.runs.storage import said
+
     try:
         yield
     except OSError as error:
-        raise RequestError(f"storage {location}: cannot be read ({' '.join(str(error).split())})") from error
+        raise RequestError(f"storage {location}: cannot be read ({said(error)})") from error
 
 
 def track(options: argparse.Namespace) -> None:

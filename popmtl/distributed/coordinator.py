@@ -7,8 +7,8 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from secrets import token_hex
 from typing import Any
@@ -24,7 +24,7 @@ from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
 from popmtl.distributed.progress import Progress, Report, Stage
 from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, Steps
-from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RequestError, RunError
+from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.fine_tuning import FineTuned
 from popmtl.method.front import hypervolume, non_dominated
@@ -85,7 +85,10 @@ class Coordinator:
             RunError: it failed; the message names the cause.
             asyncio.CancelledError: it was stopped.
         """
-        async with self._alone():
+        # The coordinator that had this folder before may outlive its driver for a while.
+        held = self.folder.held(COORDINATOR_LOCK, wait=self.plan.config.resources.start_timeout)
+        with ExitStack() as alone:
+            await asyncio.to_thread(alone.enter_context, held)
             return await self._run()
 
     async def _run(self) -> Report:
@@ -132,22 +135,6 @@ class Coordinator:
         """Ends the run as interrupted; `run` raises CancelledError."""
         if self.task:
             self.task.cancel()
-
-    @asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
-        """Waits for the end of the coordinator that had this folder before: its driver may have died before it."""
-        limit = self.plan.config.resources.start_timeout
-        deadline = time.monotonic() + limit
-        with ExitStack() as held:
-            while True:
-                try:
-                    held.enter_context(self.folder.held(COORDINATOR_LOCK))
-                    break
-                except RequestError as error:
-                    if time.monotonic() > deadline:
-                        raise RunError(f"{error}, since {limit:g} s (resources.start_timeout)") from None
-                await asyncio.sleep(0.1)
-            yield
 
     async def _stages(self) -> Report:
         if self.plan.config.tracking.enabled:

@@ -100,8 +100,9 @@ def run(
         RunError: the run failed.
         KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
     """
-    # Ray places what takes no resources anywhere; beside the driver, the loss of another node cannot take it along.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Ray places what takes no resources anywhere, and a soft affinity too: beside the driver, the loss of another node
+    # cannot take the coordinator along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here}
     coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes)
     ending = coordinator.run.remote()

@@ -13,7 +13,7 @@ from running import run_in
 from toy_problems import config
 
 from popmtl.errors import RunError
-from popmtl.runs.checkpoint import MANIFEST, checkpoints
+from popmtl.runs.checkpoint import MANIFEST, checkpoint_name, checkpoints
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_state
 
@@ -89,14 +89,22 @@ class WriterKiller(Killer):
         self.uncommitted = path is not None and not (path / MANIFEST).exists()
 
 
-def interrupt(stage, step):
-    """What Ctrl-C does, from a step of a stage on."""
+def interrupt(folder, stage, step):
+    """What Ctrl-C does in a stage, as soon as there is a checkpoint of a step or a later one."""
 
     def show(progress):
-        if progress.stage == stage and progress.step >= step:
+        if progress.stage == stage:
+            deadline = time.monotonic() + 60
+            while latest(folder) < checkpoint_name(step) and time.monotonic() < deadline:
+                time.sleep(0.005)
             raise KeyboardInterrupt
 
     return show
+
+
+def latest(folder):
+    """The name of a run's latest checkpoint."""
+    return next(iter(checkpoints(RunFolder(folder))), "")
 
 
 def event(folder, kind):
@@ -174,23 +182,24 @@ def test_connections_that_break_are_made_anew(run, undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_path):
-    killer = Killer()
+    folder, killer = tmp_path / "runs" / "run-1", Killer(how=signal.SIGSTOP)
 
     def damage_and_kill(progress):
-        if killer.is_time(progress):
-            for path in (tmp_path / "runs" / "run-1" / "checkpoints").glob("step-*/subproblem-00002.safetensors"):
+        if killer.is_time(progress) and latest(folder):
+            killer.strike()
+            time.sleep(0.5)  # in which the checkpoint that was being written is committed, or will never be
+            for path in folder.glob("checkpoints/step-*/subproblem-00002.safetensors"):
                 path.write_bytes(b"")
-        killer(progress)
+            os.kill(killer.pids[0], signal.SIGKILL)
 
-    rarely = data() | {"checkpoint": {"every_steps": 400, "keep": 1}}
     with pytest.raises(RunError, match=r"no checkpoint is whole: .*subproblem-00002.safetensors has 0 bytes"):
-        run(rarely, damage_and_kill)
+        run(data(), damage_and_kill)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
+def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(data(), interrupt("fine-tuning", 150))
+        run(data(), interrupt(tmp_path / "runs" / "run-1", "fine-tuning", STEPS + EVERY))
     _, folder, _ = resume("run-1", data())
     assert event(folder, "rewound")["step"] > STEPS
     assert_equal(folder, undisturbed(data()))
@@ -200,7 +209,7 @@ def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed):
 def test_a_run_goes_on_with_another_number_of_actors(run, resume, undisturbed, tmp_path):
     exact = data("collective", train={"dtype": "float64"})
     with pytest.raises(KeyboardInterrupt):
-        run(exact, interrupt("training", 300))
+        run(exact, interrupt(tmp_path / "runs" / "run-1", "training", EVERY))
     for actors in (1, 3):
         name = f"on-{actors}"
         shutil.copytree(tmp_path / "runs" / "run-1", tmp_path / "runs" / name)
