@@ -440,6 +440,7 @@ class Coordinator:
                 )
                 for i, best in enumerate(non_dominated(F))
             ],
+            metrics=plan.metrics,
         )
         await asyncio.to_thread(write_front, self.folder, front)
         if self.sink:

@@ -27,7 +27,7 @@ from popmtl.method.fine_tuning import AlignedRecipe, shared_parameters
 from popmtl.method.flat import Layout
 from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
 from popmtl.method.population import Population, train_population
-from popmtl.method.problem import Problem, to_model
+from popmtl.method.problem import Direction, Problem, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
 from popmtl.runs.storage import is_remote
@@ -50,6 +50,7 @@ class RunPlan:
     Attributes:
         config: as given.
         objectives: the m names.
+        metrics: names of the further figures, each with the direction that is better.
         W: weight vectors, (N, m).
         M: transfer coefficients, (N, N).
         factors: σ_t of each MTGD step.
@@ -67,6 +68,7 @@ class RunPlan:
 
     config: Config
     objectives: tuple[str, ...]
+    metrics: dict[str, Direction]
     W: Matrix
     M: Matrix
     factors: Matrix
@@ -196,6 +198,7 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
     return RunPlan(
         config=config,
         objectives=objectives,
+        metrics=dict(problem.metrics),
         W=W,
         M=M,
         factors=schedule_factors(

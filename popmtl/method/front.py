@@ -121,15 +121,50 @@ def pick(F: ArrayLike, preference: ArrayLike) -> int:
         raise ValueError(f"preference must have shape ({F.shape[1]},) as F has {F.shape[1]} columns, not {p.shape}")
     if not np.isfinite(p).all() or (p < 0).any() or not p.any():
         raise ValueError(f"preference must be non-negative numbers, not all zero; got {p.tolist()}")
-    ideal = ideal_point(F)
-    spread = nadir_point(F) - ideal
-    candidates = np.flatnonzero(non_dominated(F))
-    z = (F[candidates] - ideal) / np.where(spread > 0, spread, 1.0)
+    candidates, z = normalized_front(F)
     # Scaled by the largest first, so that a sum of huge preferences cannot overflow.
     p = p / p.max()
     p = p / p.sum()
     distance = (p * z).max(axis=1) + AUGMENTATION * z.sum(axis=1)
     return int(candidates[np.argmin(distance)])
+
+
+def knee(F: ArrayLike) -> int:
+    """The non-dominated row nearest to the ideal point: a compromise that gives up little of any objective.
+
+    Nearest by the Euclidean distance of the objectives normalized as in `pick`, which bends towards a front's knee where
+    it has one, and to its middle where it has none (compromise programming with p = 2; Zeleny, 1973).
+
+    Args:
+        F: objective values, shape (N, m).
+
+    Returns:
+        The row's index; the first of equally near rows.
+
+    Raises:
+        ValueError: F is not two-dimensional or has no finite row.
+    """
+    candidates, z = normalized_front(F)
+    return int(candidates[np.argmin((z**2).sum(axis=1))])
+
+
+def normalized_front(F: ArrayLike) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
+    """The non-dominated rows, each objective scaled to 0 at the ideal and 1 at the nadir point.
+
+    Args:
+        F: objective values, shape (N, m).
+
+    Returns:
+        The rows' indices, shape (K,), and their scaled values, shape (K, m); 0 for an objective that does not vary.
+
+    Raises:
+        ValueError: F is not two-dimensional or has no finite row.
+    """
+    points = _points(F)
+    ideal = ideal_point(points)
+    spread = nadir_point(points) - ideal
+    candidates = np.flatnonzero(non_dominated(points))
+    return candidates, (points[candidates] - ideal) / np.where(spread > 0, spread, 1.0)
 
 
 def _points(F: ArrayLike) -> NDArray[np.float64]:

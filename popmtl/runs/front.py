@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from popmtl.runs.files import to_json
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from popmtl.method.problem import Direction
 
 Stage = Literal["mtgd", "aligned_mtl"]
 
@@ -51,6 +54,7 @@ class Front:
         seed: the run's seed.
         steps: training steps that each member took.
         members: all members, dominated ones too, by subproblem.
+        metrics: names of the members' further figures, each with the direction that is better.
     """
 
     objectives: Sequence[str]
@@ -59,6 +63,7 @@ class Front:
     seed: int
     steps: int
     members: Sequence[Member]
+    metrics: Mapping[str, Direction] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of front.json; a value that is not finite is null."""
@@ -93,6 +98,7 @@ class Front:
                 )
                 for member in content["members"]
             ],
+            metrics=content.get("metrics", {}),
         )
 
 

@@ -145,7 +145,7 @@ def _table(front: Front) -> list[list[Any]]:
     header = [
         "subproblem",
         *(f"w/{name}" for name in front.objectives),
-        *(f"obj/{name}" for name in front.objectives),
+        *(f"objective/{name}" for name in front.objectives),
         *metrics,
         "stage",
         "non_dominated",

@@ -199,7 +199,7 @@ class Sender:
             client.set_tag(self._parent(), "popmtl.recoveries", str(entry["recoveries"]))
 
     def _log_front(self, entry: Entry) -> None:
-        self._log(self._parent(), entry, [("obj/hypervolume", entry["hypervolume"], entry["step"])])
+        self._log(self._parent(), entry, [("objective/hypervolume", entry["hypervolume"], entry["step"])])
         for name in ("front.json", "front.csv", "front.png"):
             self._log_file(f"pareto/{name}", "pareto")
 
@@ -215,7 +215,7 @@ class Sender:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:
                 client.log_artifact(run_id, str(path), "model")
             model_id = self._log_model(run_id, entry)
-        figures = dict(zip((f"obj/{name}" for name in self._objectives), entry["objectives"], strict=True))
+        figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
         everything = {**figures, **entry["metrics"]}
         self._log(run_id, entry, [(key, value, step) for key, value in everything.items()], model_id)
 

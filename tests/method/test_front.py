@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pymoo.indicators.hv import HV
 
-from popmtl.method.front import hypervolume, ideal_point, nadir_point, non_dominated, pick
+from popmtl.method.front import hypervolume, ideal_point, knee, nadir_point, non_dominated, pick
 
 
 def dominated_by_any(F, i):
@@ -136,3 +136,15 @@ def test_pick_among_equals_takes_the_first(F):
 def test_pick_refuses(preference):
     with pytest.raises(ValueError, match="preference must"):
         pick([[0.0, 1.0], [1.0, 0.0]], preference)
+
+
+def test_the_knee_is_where_little_of_any_objective_is_given_up():
+    sharp = [[0.0, 1.0], [0.05, 0.3], [0.25, 0.25], [0.3, 0.1], [1.0, 0.0]]
+    assert knee(sharp) == 1
+    assert knee(np.array(sharp) * [1000, 1e-3] + [5, -2]) == 1  # units do not matter
+    assert knee([[0.0, 1.0], [0.7, 0.7], [1.0, 0.0], [np.nan, 0.0]]) == 1  # a concave front has its middle
+    assert knee([[3.0, 4.0]]) == 0
+    assert knee([[3.0, 4.0], [3.0, 4.0]]) == 0
+    assert knee([[np.inf, 0.0], [2.0, 2.0], [1.0, 3.0]]) == 1
+    with pytest.raises(ValueError, match="finite"):
+        knee([[np.nan, 1.0]])

@@ -128,7 +128,7 @@ def test_parent_run(logged):
     assert params["long"] == "x" * 5999 + "…"
     assert history(logged, parent, "hypervolume") == [(350, 0.1), (700, 0.2)]
     assert history(logged, parent, "front/size") == [(350, 2), (700, 3)]
-    assert history(logged, parent, "obj/hypervolume") == [(700, 0.3)]
+    assert history(logged, parent, "objective/hypervolume") == [(700, 0.3)]
     assert artifacts(logged.client, parent, "pareto") == {"pareto/front.json", "pareto/front.csv", "pareto/front.png"}
 
 
@@ -139,7 +139,7 @@ def test_member_runs(logged):
     assert [run.data.tags["popmtl.nondominated"] for run in logged.children] == ["true", "true", "false"]
     assert logged.children[0].data.params == {"subproblem": "0", "w/left": "0.1", "w/right digit": "0.9"}
     assert history(logged, logged.children[1], "val/loss/left") == [(350, 0.7), (700, 0.6)]
-    assert history(logged, logged.children[1], "obj/right digit") == [(700, 0.5)]
+    assert history(logged, logged.children[1], "objective/right digit") == [(700, 0.5)]
     assert history(logged, logged.children[1], "test/accuracy") == [(700, 0.91)]
 
 
@@ -167,8 +167,8 @@ def test_models_of_the_front_load_and_predict_the_same(logged):
         assert entity.status == "READY"
         assert entity.source_run_id == logged.children[i].info.run_id
         assert {metric.key: metric.value for metric in entity.metrics} == {
-            "obj/left": [0.2, 0.5][i],
-            "obj/right digit": [0.9, 0.5][i],
+            "objective/left": [0.2, 0.5][i],
+            "objective/right digit": [0.9, 0.5][i],
             "test/accuracy": 0.9 + i / 100,
         }
         loaded = pytorch.load_model(entity.artifact_location)

@@ -159,14 +159,14 @@ def assert_everything_once(uri, experiment, models=("member-000", "member-001"),
     expected = {"hypervolume": [(t, t / 100) for t in evaluated], "front/size": [(t, 2) for t in evaluated]}
     assert {key: curve(client, parent, key) for key in parent.data.metrics} == {
         **expected,
-        "obj/hypervolume": [(STEPS, 0.3)],
+        "objective/hypervolume": [(STEPS, 0.3)],
     }
     for i, run in enumerate(members):
         expected = {"test/accuracy": [(STEPS, 0.9)]}
         for k, objective in enumerate(OBJECTIVES):
             expected[f"train/loss/{objective}"] = [(t, LOSSES[t - 1, i, k]) for t in range(1, STEPS + 1)]
             expected[f"val/loss/{objective}"] = [(t, LOSSES[t - 1, i, k]) for t in evaluated]
-            expected[f"obj/{objective}"] = [(STEPS, [i, 1 - i][k])]
+            expected[f"objective/{objective}"] = [(STEPS, [i, 1 - i][k])]
         if i != 1:
             expected["cosine"] = [(t, t if i == 0 else 1.0) for t in evaluated]
         assert {key: sorted(curve(client, run, key)) for key in run.data.metrics} == expected
