@@ -132,8 +132,8 @@ def pick(F: ArrayLike, preference: ArrayLike) -> int:
 def knee(F: ArrayLike) -> int:
     """The non-dominated row nearest to the ideal point: a compromise that gives up little of any objective.
 
-    Nearest by the Euclidean distance of the objectives normalized as in `pick`, which bends towards a front's knee where
-    it has one, and to its middle where it has none (compromise programming with p = 2; Zeleny, 1973).
+    Nearest by the Euclidean distance of the objectives normalized as in `pick`, which leads to the bend of a front that
+    has one, and to the middle of one that has none (compromise programming with p = 2; Zeleny, 1973).
 
     Args:
         F: objective values, shape (N, m).

@@ -1,10 +1,12 @@
 """Writes a run to MLflow: one parent run for the population, one nested run for each of its members.
 
     experiment "popmtl/<config>"
-    └─ run "<run name>"       popmtl.kind=front   params: the config; metrics: hypervolume, front/size, objective/hypervolume
+    └─ run "<run name>"       popmtl.kind=front   params: the config
+       │                      metrics: hypervolume, front/size, objective/hypervolume
        │                      artifacts: config.yaml, pareto/front.{json,csv,png}; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
-                              metrics: train/loss/<objective>, val/loss/<objective>, objective/<objective>, the problem's own
+                              metrics: train/loss/<objective>, val/loss/<objective>, at the end objective/<objective>
+                              and the problem's own
                               model "member-000", artifact model/model.safetensors
 
 Every call adds an entry to a journal in the run folder (`outbox`), and one thread sends the journal (`mlflow_sender`):

@@ -24,7 +24,7 @@ MEMBERS = [
         1, [0.75, 0.25], [0.1, 0.8], {"accuracy": 0.8, "b": 2.0}, "aligned_mtl", False, "models/1/model.safetensors"
     ),
 ]
-FRONT = Front(["left", "right"], [1.0, 1.0], 0.36, 7, 1200, MEMBERS)
+FRONT = Front(["left", "right"], [1.0, 1.0], 0.36, 7, 1200, MEMBERS, {"accuracy": "higher"})
 
 
 @pytest.fixture
@@ -59,6 +59,7 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
         "objectives": ["left", "right"],
         "reference_point": [1.0, 1.0],
         "hypervolume": 0.36,
+        "metrics": {"accuracy": "higher"},
         "seed": 7,
         "steps": 1200,
         "members": [
