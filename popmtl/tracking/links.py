@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 
 HOST, PORT = "127.0.0.1", 5000
+EXPLORER = "pareto/explorer.html"
+"""The page to choose a member by, among the artifacts of the population's run."""
 
 
 @dataclass(frozen=True)

@@ -16,24 +16,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param
 from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, InvalidUrlException, MlflowException
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from torch import Tensor, nn, no_grad
-from torch import __version__ as torch_version
 
 import popmtl
 from popmtl.errors import RequestError
-from popmtl.problems.registry import load_problem
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.results import load_model
+from popmtl.tracking.explorer import Loading, explorer_page
+from popmtl.tracking.links import EXPLORER
+from popmtl.tracking.note import named_members, note, registered_name
 from popmtl.tracking.outbox import CURSOR, Entry, Sent
+from popmtl.tracking.views import saved_views
+
+if TYPE_CHECKING:
+    from mlflow.models import Model
+
+    from popmtl.tracking.models import Models
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +46,29 @@ logger = logging.getLogger(__name__)
 METRICS_A_CALL, PARAMS_A_CALL, PARAM_LENGTH, TAG_LENGTH, RUNS_A_SEARCH = 1000, 100, 6000, 8000, 50000
 # HTTP's codes below 500 that say nothing against the request itself: who asks, how often, how slowly.
 NOT_NOW = (401, 403, 408, 429, 499)
-# What tracing a model may raise, user code included; without the traced model, there still are the weights.
-TRACING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class _Logged:
+    """A model that a run is to have.
+
+    Attributes:
+        run_id: the run.
+        name: of the model, which it is known by in its run.
+        step: that it belongs to.
+        save: writes it to a new folder.
+        tags: of the model.
+        params: of the model.
+        kind: MLflow's "model type".
+    """
+
+    run_id: str
+    name: str
+    step: int
+    save: Callable[[Path, Model], None]
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -83,6 +109,9 @@ class Sender:
             "event": self._log_event,
             "front": self._log_front,
             "subproblem": self._log_member,
+            "picker": self._log_picker,
+            "explorer": self._log_explorer,
+            "views": self._log_views,
             "closing": self._close,
         }
 
@@ -214,74 +243,130 @@ class Sender:
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:
                 client.log_artifact(run_id, str(path), "model")
-            model_id = self._log_model(run_id, entry)
+            model_id = self._log_member_model(run_id, entry)
         figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
         everything = {**figures, **entry["metrics"]}
         self._log(run_id, entry, [(key, value, step) for key, value in everything.items()], model_id)
 
-    def _log_model(self, run_id: str, entry: Entry) -> str | None:
-        """Has the member's exported model as a LoggedModel of its run; its id, or None if there is no such model."""
-        client, name = self._client(), _member_name(entry["subproblem"])
-        mine = f"source_run_id = '{run_id}' AND name = '{name}'"
+    @cached_property
+    def _models(self) -> Models:
+        from popmtl.tracking.models import Models  # imports torch's exporter: seconds that a run without models spares
+
+        return Models(self._folder)
+
+    def _log_member_model(self, run_id: str, entry: Entry) -> str | None:
+        """Has a member's model in its run; its id, or None if the problem has no example of what models take."""
+        i = entry["subproblem"]
+        if self._models.example is None:
+            return None
+        could = self._models.why_no_program is None
+        model_id = self._log_model(
+            _Logged(
+                run_id=run_id,
+                name=_member_name(i),
+                step=entry["step"],
+                save=partial(self._models.save_member, i),
+                tags={"popmtl.nondominated": str(entry["non_dominated"]).lower()},
+                params=self._member_params(i, entry["weights"]),
+                kind="pareto-member",
+            )
+        )
+        if could and self._models.why_no_program:
+            why = f"not as an exported program, but with the code that builds them: {self._models.why_no_program}"
+            self._complain("models are logged", why)
+        self._sent.models[str(i)] = model_id
+        return model_id
+
+    def _log_picker(self, entry: Entry) -> None:
+        """Has the model that chooses among the members, and registers it and the members that have a name."""
+        members = sorted(int(i) for i in self._sent.models)
+        if not members:
+            return
+        picker = self._log_model(
+            _Logged(
+                run_id=self._parent(),
+                name="front",
+                step=entry["step"],
+                save=partial(self._models.save_set, members),
+                tags={"popmtl.kind": "front"},
+                params={"members": str(len(members))},
+                kind="pareto-front",
+            )
+        )
+        self._register("front", picker, self._parent())
+        for alias, i in named_members(self._folder.front()).items():
+            if i in members:
+                self._register(alias, self._sent.models[str(i)], self._sent.members[str(i)])
+
+    def _register(self, alias: str, model_id: str, run_id: str) -> None:
+        """Has a version of the registered model, and gives it the alias."""
+        client, name = self._client(), registered_name(self._opening)
+        mine = {"popmtl.run": self._opening["id"], "popmtl.alias": alias}
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        versions = client.search_model_versions(f"name = '{name}' AND tags.`popmtl.run` = '{mine['popmtl.run']}'")
+        number = next((one.version for one in versions if one.tags.get("popmtl.alias") == alias), None)
+        if number is None:
+            made = client.create_model_version(name, f"models:/{model_id}", run_id, tags=mine, model_id=model_id)
+            number = made.version
+        client.set_registered_model_alias(name, alias, number)
+        self._sent.versions[alias] = str(number)
+
+    def _log_explorer(self, entry: Entry) -> None:
+        """Has the page to choose a member by, and the parent's note."""
+        front, name = self._folder.front(), registered_name(self._opening)
+        models = {int(i): f"models:/{model_id}" for i, model_id in self._sent.models.items()}
+        versions = {alias: f"models:/{name}/{number}" for alias, number in self._sent.versions.items()}
+        loading = Loading(self._folder.location, models, versions.get("front"))
+        history = [(line["step"], line["hypervolume"]) for line in self._folder.metrics()]
+        page = explorer_page(front, self._folder.name, history, loading)
+        client = self._client()
+        client.log_text(self._parent(), page, EXPLORER)
+        client.set_tag(self._parent(), "mlflow.note.content", _cut(note(front, versions), TAG_LENGTH))
+
+    def _log_views(self, entry: Entry) -> None:
+        """Has the experiment's saved views show this run."""
+        for key, value in saved_views(self._objectives, self._parent()).items():
+            self._client().set_experiment_tag(self._experiment_id(), key, value)
+
+    def _log_model(self, wanted: _Logged) -> str:
+        """Has a model of a run; its id."""
+        client = self._client()
+        mine = f"source_run_id = '{wanted.run_id}' AND name = '{wanted.name}'"
         model_id = None
         for found in client.search_logged_models([self._experiment_id()], mine):
             if found.status == "READY":
                 model_id = str(found.model_id)
             else:
                 client.delete_logged_model(found.model_id)
-        model_id = model_id or self._make_model(client, run_id, name, entry)
-        if model_id is None:
-            return None
-        outputs = client.get_run(run_id).outputs
+        model_id = model_id or self._make_model(client, wanted)
+        outputs = client.get_run(wanted.run_id).outputs
         if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
-            client.log_outputs(run_id, [LoggedModelOutput(model_id, entry["step"])])
+            client.log_outputs(wanted.run_id, [LoggedModelOutput(model_id, wanted.step)])
         return model_id
 
-    def _make_model(self, client: MlflowClient, run_id: str, name: str, entry: Entry) -> str | None:
-        """Exports and uploads a model.
+    def _make_model(self, client: MlflowClient, wanted: _Logged) -> str:
+        """Makes and uploads a model.
 
-        `mlflow.pytorch.log_model` would do, but it writes to the process-wide tracking URI and active run, leaves a
-        failed model behind where the export fails, and reads every metric's whole history.
+        `log_model` of MLflow's flavors would do, but it writes to the process-wide tracking URI and active run, leaves
+        a failed model behind where the export fails, and reads every metric's whole history.
         """
-        import mlflow.pytorch  # seconds more, which a run without models need not pay
-        from mlflow.models import Model, infer_signature
+        from mlflow.models import Model
 
-        subproblem = entry["subproblem"]
-        parameters = dict(self._folder.config()["problem"])
-        example = load_problem(parameters.pop("name"), parameters).example_input()
-        if example is None:
-            return None
-        model: nn.Module = load_model(self._folder.location, subproblem).cpu().eval()
-        # Two examples: with one, the exported program would take batches of one only.
-        inputs = example[:2].detach().cpu()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
-            description = Model(run_id=run_id)
-            try:
-                with no_grad():
-                    outputs = model(inputs)
-                signature = infer_signature(inputs.numpy(), outputs.numpy() if isinstance(outputs, Tensor) else None)
-                mlflow.pytorch.save_model(
-                    model,
-                    str(path),
-                    mlflow_model=description,
-                    signature=signature,
-                    input_example=inputs.numpy(),
-                    # Otherwise MLflow starts a process to find them, which takes seconds.
-                    pip_requirements=[f"torch=={_release(torch_version)}", f"numpy=={_release(np.__version__)}"],
-                    serialization_format="pt2",
-                )
-            except (MlflowException, *TRACING_ERRORS) as error:
-                summary = str(error).strip().split("\n")[0]
-                self._complain(f"model of subproblem {subproblem}", f"logged as safetensors only: {summary}")
-                return None
+            description = Model(run_id=wanted.run_id)
+            wanted.save(path, description)
             logged = client.create_logged_model(
                 self._experiment_id(),
-                name=name,
-                source_run_id=run_id,
-                tags={"popmtl.nondominated": str(entry["non_dominated"]).lower()},
-                params=self._member_params(subproblem, entry["weights"]),
-                model_type="pareto-member",
+                name=wanted.name,
+                source_run_id=wanted.run_id,
+                tags=dict(wanted.tags),
+                params=dict(wanted.params),
+                model_type=wanted.kind,
             )
             description.model_id = description.model_uuid = logged.model_id
             description.artifact_path = logged.artifact_location
@@ -365,8 +450,3 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def _member_name(subproblem: int) -> str:
     return f"member-{subproblem:03d}"
-
-
-def _release(version: str) -> str:
-    """The version without a local suffix such as +cpu, which no package index has."""
-    return version.split("+")[0]

@@ -3,7 +3,8 @@
     experiment "popmtl/<config>"
     └─ run "<run name>"       popmtl.kind=front   params: the config
        │                      metrics: hypervolume, front/size, objective/hypervolume
-       │                      artifacts: config.yaml, pareto/front.{json,csv,png}; tags: popmtl.event.<n>
+       │                      artifacts: config.yaml, pareto/{explorer.html,front.json,front.csv,front.png}
+       │                      model "front", which chooses; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
                               metrics: train/loss/<objective>, val/loss/<objective>, at the end objective/<objective>
                               and the problem's own
@@ -134,6 +135,7 @@ class MlflowSink:
             "parent": os.environ.get("MLFLOW_RUN_ID") or last.get("parent"),
             "artifacts": _artifacts(uri, folder),
             "run_name": folder.name,
+            "config_name": config_name or last.get("config_name") or folder.name,
             "objectives": list(objectives),
             "weights": np.asarray(weights, dtype=np.float64).tolist(),
             "params": {key: value for key, value in params.items() if key not in known},
@@ -143,6 +145,7 @@ class MlflowSink:
         sink = cls(folder, journal, opening, steps)
         sink._outbox.add("opening", opening)
         sink._outbox.add("file", {"name": "config.yaml"})
+        sink._outbox.add("views", {})
         for key, value in opening["changed"].items():
             sink.log_event("changed setting", f"{key} from {known[key]} to {value}")
         sink._thread.start()
@@ -194,9 +197,10 @@ class MlflowSink:
     def log_front(self, front: Front, models: Models) -> None:
         """Logs the final Pareto set: its files, each member's figures, and the models.
 
-        A member's model is logged as an exported program (pt2), which MLflow serves without our code, where the problem
-        has an example input, and as safetensors, from which it can be trained further. A model that cannot be exported
-        is logged as safetensors only, and said to be.
+        A member's weights are logged as safetensors, from which it can be trained further. Where the problem has an
+        example input, it is also a model of MLflow's: an exported program, which is served without our code, or else
+        its weights with the code that builds it. One more model chooses among those that are logged; it is registered
+        under the config's name with the alias `front`, the members that `note.named_members` names with theirs.
 
         Args:
             front: the Pareto set, which has been written to the run's folder.
@@ -207,6 +211,9 @@ class MlflowSink:
             logged = member.lost is None and (models == "all" or (models == "front" and member.non_dominated))
             content = {**asdict(member), "step": front.steps, "with_model": logged}
             self._outbox.add("subproblem", content, f"subproblem {member.subproblem}")
+        if models != "none":
+            self._outbox.add("picker", {"step": front.steps}, "picker")
+        self._outbox.add("explorer", {}, "explorer")
 
     def close(self, status: Status, timeout: float | None = None) -> list[str]:
         """Sends what is left and ends the runs.

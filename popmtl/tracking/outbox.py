@@ -35,6 +35,8 @@ class Sent:
         experiment_id: of the parent run.
         parent: id of the run that stands for the population.
         members: ids of the members' runs, by subproblem.
+        models: ids of the members' models, by subproblem.
+        versions: numbers of the registered model's versions, by alias.
     """
 
     place: Sequence[str | None]
@@ -43,6 +45,8 @@ class Sent:
     experiment_id: str | None = None
     parent: str | None = None
     members: dict[str, str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 class Outbox:

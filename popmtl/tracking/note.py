@@ -1,0 +1,71 @@
+"""What names a front in MLflow: the registered model, its aliases, and the note on the front's run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from popmtl.method.front import knee
+from popmtl.runs.front import Front
+from popmtl.tracking.outbox import Entry
+
+
+def registered_name(opening: Entry) -> str:
+    """The registered model of a run's config."""
+    return re.sub(r"[^\w .-]", "-", opening["config_name"])
+
+
+def named_members(front: Front) -> dict[str, int]:
+    """Subproblems that a user may want by name: `knee`, and `best-<objective>` for each objective.
+
+    Each alias as MLflow allows it. Empty where all objective values are not finite.
+    """
+    best = [member for member in front.members if member.non_dominated]
+    if not best:
+        return {}
+    named = {"knee": best[knee([member.objectives for member in best])].subproblem}
+    for k, name in enumerate(front.objectives):
+        alias = re.sub(r"[^A-Za-z0-9_-]+", "-", f"best-{name}")
+        named.setdefault(alias, min(best, key=lambda member: member.objectives[k]).subproblem)
+    return named
+
+
+def note(front: Front, versions: Mapping[str, str]) -> str:
+    """Markdown for the front's run: the members of interest, and how to load them.
+
+    Args:
+        front: the Pareto set.
+        versions: URIs of the registered versions, by alias; those that there are.
+    """
+    best = sum(member.non_dominated for member in front.members)
+    point = ", ".join(f"{x:.4g}" for x in front.reference_point)
+    lines = [
+        f"**{len(front.members)} models, {best} of them non-dominated; hypervolume {front.hypervolume:.5g}** at "
+        f"({point}), on the test split.",
+        "",
+        "Choose one in *Artifacts* → `pareto/explorer.html`.",
+    ]
+    named = named_members(front)
+    if named:
+        header = ["", "member", *map(_cell, front.objectives), "model"]
+        lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    members = {member.subproblem: member for member in front.members}
+    for alias, i in named.items():
+        values = " | ".join(f"{x:.4g}" for x in members[i].objectives)
+        model = f"`{versions[alias]}`" if alias in versions else ""
+        lines.append(f"| {alias} | {i} | {values} | {model} |")
+    if "front" in versions:
+        preference = ", ".join(["1.0"] * len(front.objectives))
+        lines += ["", "```python", "import mlflow", ""]
+        if "knee" in versions:
+            lines += [f'model = mlflow.pyfunc.load_model("{versions["knee"]}")', "model.predict(x)", ""]
+        lines += [
+            f'front = mlflow.pyfunc.load_model("{versions["front"]}")  # chooses by what matters',
+            f'front.predict(x, params={{"preference": [{preference}]}})',
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
