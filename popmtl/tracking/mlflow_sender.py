@@ -310,7 +310,9 @@ class Sender:
         versions = client.search_model_versions(f"name = '{name}' AND tags.`popmtl.run` = '{mine['popmtl.run']}'")
         number = next((one.version for one in versions if one.tags.get("popmtl.alias") == alias), None)
         if number is None:
-            made = client.create_model_version(name, f"models:/{model_id}", run_id, tags=mine, model_id=model_id)
+            # Not models:/…, which MLflow looks up in the process-wide tracking URI.
+            source = client.get_logged_model(model_id).artifact_location
+            made = client.create_model_version(name, source, run_id, tags=mine, model_id=model_id)
             number = made.version
         client.set_registered_model_alias(name, alias, number)
         self._sent.versions[alias] = str(number)

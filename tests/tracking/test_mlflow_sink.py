@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mlflow import MlflowClient, pytorch
+from mlflow import MlflowClient, pyfunc, pytorch
 from tracked_problems import BranchingModel, TwoHeadsModel
 
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_state, model_file, write_front, write_model
-from popmtl.tracking import mlflow_sender, mlflow_sink
+from popmtl.tracking import mlflow_sink, models
 from popmtl.tracking.links import Location, run_url, server_command
 from popmtl.tracking.mlflow_sink import MlflowSink
 
@@ -35,7 +35,7 @@ class Settings:
     experiment: str | None = None
 
 
-def members(models):
+def members():
     objectives = [[0.2, 0.9], [0.5, 0.5], [0.6, 0.9]]
     return [
         Member(i, WEIGHTS[i], objectives[i], {"test/accuracy": 0.9 + i / 100}, "aligned_mtl", i != 2, model_file(i))
@@ -43,13 +43,13 @@ def members(models):
     ]
 
 
-def finished_folder(storage, name, models, **parameters):
+def finished_folder(storage, name, trained, **parameters):
     folder = RunFolder.create(storage, name)
     problem = {"name": "tracked_problems:TwoHeads", **parameters}
     folder.write_config({**CONFIG, "problem": problem})
-    for i, model in enumerate(models):
+    for i, model in enumerate(trained):
         write_model(folder, i, model.state_dict())
-    front = Front(OBJECTIVES, [1.0, 1.0], 0.3, 3, STEPS, members(models))
+    front = Front(OBJECTIVES, [1.0, 1.0], 0.3, 3, STEPS, members())
     write_front(folder, front)
     return folder, front
 
@@ -129,7 +129,8 @@ def test_parent_run(logged):
     assert history(logged, parent, "hypervolume") == [(350, 0.1), (700, 0.2)]
     assert history(logged, parent, "front/size") == [(350, 2), (700, 3)]
     assert history(logged, parent, "objective/hypervolume") == [(700, 0.3)]
-    assert artifacts(logged.client, parent, "pareto") == {"pareto/front.json", "pareto/front.csv", "pareto/front.png"}
+    kinds = ("explorer.html", "front.json", "front.csv", "front.png")
+    assert artifacts(logged.client, parent, "pareto") == {f"pareto/{kind}" for kind in kinds}
 
 
 def test_member_runs(logged):
@@ -160,7 +161,7 @@ def test_values_that_are_not_finite_are_left_out_and_tagged(logged):
 def test_models_of_the_front_load_and_predict_the_same(logged):
     experiment = logged.sink.location.experiment_id
     found = {model.name: model for model in logged.client.search_logged_models([experiment])}
-    assert sorted(found) == ["member-000", "member-001"]
+    assert sorted(found) == ["front", "member-000", "member-001"]
     x = torch.randn(7, 4)
     for i, model in enumerate(logged.models[:2]):
         entity = found[f"member-00{i}"]
@@ -206,18 +207,23 @@ def test_given_run_and_experiment_and_failure(logged, storage, environment):
     assert client.get_run(given.info.run_id).info.status == child.info.status == "FAILED"
 
 
-def test_a_model_that_cannot_be_exported_is_logged_as_safetensors(logged, storage):
+def test_a_model_that_cannot_be_exported_is_logged_with_the_code_that_builds_it(logged, storage):
     models = [BranchingModel() for _ in range(3)]
     folder, front = finished_folder(storage, "run-c", models, branching=True)
     sink = MlflowSink.open(Settings(experiment="c"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
     sink.log_front(front, "all")
-    messages = sink.close("KILLED", timeout=120)
-    assert [message.partition(": ")[0] for message in messages] == [f"model of subproblem {i}" for i in range(3)]
-    assert all("logged as safetensors only: " in message for message in messages)
-    assert logged.client.search_logged_models([sink.location.experiment_id]) == []
+    (message,) = sink.close("KILLED", timeout=120)
+    assert message.startswith("models are logged: not as an exported program, but with the code that builds them: ")
     children = logged.client.search_runs([sink.location.experiment_id], "tags.`popmtl.kind` = 'member'")
     assert all(artifacts(logged.client, run, "model") == {"model/model.safetensors"} for run in children)
     assert {run.info.status for run in children} == {"KILLED"}
+    found = {model.name: model for model in logged.client.search_logged_models([sink.location.experiment_id])}
+    assert sorted(found) == ["front", "member-000", "member-001", "member-002"]
+    for sign in (1, -1):  # both branches
+        x = (sign * torch.rand(7, 4)).numpy()
+        for i, model in enumerate(models):
+            loaded = pyfunc.load_model(found[f"member-00{i}"].artifact_location)
+            np.testing.assert_allclose(loaded.predict(x), model.eval()(torch.tensor(x)).detach(), atol=1e-6)
 
 
 def test_without_example_or_models(logged, storage):
@@ -245,7 +251,7 @@ def test_a_broken_store_does_not_raise_but_is_reported(tmp_path, uri, about, cap
     sink.log_evaluation(1, 0.0, 1, np.zeros((3, 2)))
     sink.log_front(front, "none")
     *messages, unsent = sink.close("FINISHED", timeout=10)
-    assert unsent == f"8 entries were not sent to {uri}; popmtl track {folder.path} sends them"
+    assert unsent == f"10 entries were not sent to {uri}; popmtl track {folder.path} sends them"
     assert [message.startswith(about) for message in messages] == ([True] if about else [])
     assert sink.location is None
     assert len([record for record in caplog.records if record.name == mlflow_sink.__name__]) == 1
@@ -265,7 +271,7 @@ def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplo
 def test_close_waits_no_longer_than_told(logged, storage, monkeypatch):
     folder, front = finished_folder(storage, "run-f", [TwoHeadsModel() for _ in range(3)])
     answered = threading.Event()
-    monkeypatch.setattr(mlflow_sender, "load_model", lambda *_: answered.wait(30) and TwoHeadsModel())
+    monkeypatch.setattr(models, "load_model", lambda *_: answered.wait(30) and TwoHeadsModel())
     sink = MlflowSink.open(Settings(experiment="f"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
     sink.log_front(front, "front")
     (message,) = sink.close("FINISHED", timeout=0.1)
