@@ -1,21 +1,16 @@
 """MLflow away, locked, or cut off in the middle: everything is there once in the end, and training never waited."""
 
-import os
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow_server import Server
 from tracked_problems import TwoHeadsModel
 
 from popmtl.cli import main
@@ -55,46 +50,10 @@ def database(tmp_path_factory):
 
 @pytest.fixture
 def server(tmp_path, database):
-    server = Server(tmp_path, database)
+    shutil.copy(database, tmp_path / "served.db")
+    server = Server(tmp_path, f"sqlite:///{tmp_path}/served.db")
     yield server
     server.stop()
-
-
-class Server:
-    """A real MLflow server, which can be stopped and started again."""
-
-    def __init__(self, folder, database):
-        self.folder, self.process = folder, None
-        shutil.copy(database, folder / "served.db")
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            self.port = one.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/served.db"]
-        command += ["--artifacts-destination", str(self.folder / "served")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while not self.is_up():
-            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()
-            time.sleep(0.1)
-
-    def is_up(self):
-        try:
-            urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-        except OSError:
-            return False
-        return True
-
-    def stop(self):
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
 
 
 def make_folder(storage, name="run"):
