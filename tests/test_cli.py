@@ -509,6 +509,7 @@ def undisturbed(tmp_path_factory):
     return shell.run
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_killed_goes_on_where_it_was_and_ends_the_same(shell, undisturbed):
     data = KILLED
     broken = shell.start(**data)

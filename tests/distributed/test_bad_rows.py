@@ -76,6 +76,7 @@ def test_after_max_reseeds_the_front_says_that_it_is_without_the_row(run):
         load_model(folder.path, 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_checkpoint_with_a_row_out_ends_the_same(run):
     data = planted(2, 2, [13, 33], checkpoint={"every_steps": 15, "keep": 9}, train={"execution": "loop"})
     plan, folder, report = run(data)

@@ -43,7 +43,7 @@ def test_actors_that_find_no_room_end_the_start_and_say_what_is_free(run):
         ray.kill(occupant)
 
 
-@pytest.mark.parametrize("transport", ["collective", "coordinator"])
+@pytest.mark.parametrize("transport", ["collective", pytest.param("coordinator", marks=pytest.mark.slow)])
 def test_an_actor_that_is_killed_ends_the_run_with_its_name(run, transport):
     """And not with the name of one that missed it in a transfer, who notices first."""
     killed = []

@@ -84,7 +84,7 @@ class Where:
         return self.rank, [str(gpu) for gpu in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@pytest.mark.parametrize(("subproblems", "packed"), [(7, [2, 2, 3]), (2, [1, 1])])
+@pytest.mark.parametrize(("subproblems", "packed"), [(7, [2, 2, 3]), pytest.param(2, [1, 1], marks=pytest.mark.slow)])
 def test_each_actor_has_a_gpu_to_itself_and_rows_are_packed_where_gpus_are_few(ray_of_four, subproblems, packed):
     placement = place(subproblems, ResourcesConfig(), ray_of_four)
     assert [len(held) for held in placement.rows] == packed

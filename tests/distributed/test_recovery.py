@@ -112,7 +112,7 @@ def event(folder, kind):
     return next(event for event in folder.events() if event["kind"] == kind)
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+@pytest.mark.parametrize("transport", [pytest.param("shared_memory", marks=pytest.mark.slow), "collective"])
 def test_a_killed_actor_costs_time_and_nothing_else(run, undisturbed, transport):
     killer = Killer()
     _, folder, report = run(data(transport), killer)
@@ -144,6 +144,7 @@ def test_an_actor_that_dies_while_it_writes_a_checkpoint_leaves_the_one_before(r
     assert_equal(folder, undisturbed(data()))
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_is_killed_ends_the_run_and_leaves_all_that_a_resume_needs(run, resume, undisturbed):
     killer = Killer(kind="Coordinator")
     with pytest.raises(RunError, match="the coordinator died"):

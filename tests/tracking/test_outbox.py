@@ -267,16 +267,16 @@ class Mortal(MlflowClient):
 @pytest.mark.parametrize(
     ("method", "times"),
     [
-        ("create_experiment", 1),
-        ("create_run", 1),
+        pytest.param("create_experiment", 1, marks=pytest.mark.slow),
+        pytest.param("create_run", 1, marks=pytest.mark.slow),
         ("create_run", 3),
         ("log_batch", 12),
-        ("log_artifact", 3),
-        ("create_logged_model", 1),
-        ("log_model_artifacts", 2),
+        pytest.param("log_artifact", 3, marks=pytest.mark.slow),
+        pytest.param("create_logged_model", 1, marks=pytest.mark.slow),
+        pytest.param("log_model_artifacts", 2, marks=pytest.mark.slow),
         ("finalize_logged_model", 1),
-        ("log_outputs", 2),
-        ("set_terminated", 2),
+        pytest.param("log_outputs", 2, marks=pytest.mark.slow),
+        pytest.param("set_terminated", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_process_killed_in_the_middle(tmp_path, database, monkeypatch, method, times):
