@@ -58,7 +58,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.resumption import find_checkpoint
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.storage import split
-    from popmtl.tracking.links import run_url, server_command
+    from popmtl.tracking.links import where_to_look
 
     if options.resume:
         if options.config and "=" in options.config and not Path(options.config).exists():
@@ -116,9 +116,8 @@ def train(options: argparse.Namespace) -> None:
         console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
     print_warnings(console, [*report.unwritten, *(f"MLflow: {complaint}" for complaint in report.complaints)])
     if report.location:
-        if command := server_command(report.location.uri):
-            console.print(f"MLflow  {command}", highlight=False, soft_wrap=True)
-        console.print(f"then    {run_url(report.location)}", highlight=False, soft_wrap=True)
+        for hint in where_to_look(report.location, folder.location):
+            console.print(hint, highlight=False, soft_wrap=True)
 
 
 def _refuse_finished(folder: RunFolder) -> None:
@@ -175,7 +174,7 @@ def _reading(location: str) -> Iterator[None]:
 def track(options: argparse.Namespace) -> None:
     """`popmtl track`: sends what MLflow has not got of a run."""
     from popmtl.runs.folder import RunFolder
-    from popmtl.tracking.links import run_url, server_command
+    from popmtl.tracking.links import where_to_look
     from popmtl.tracking.mlflow_sink import send_rest
 
     folder = RunFolder(options.run)
@@ -183,11 +182,39 @@ def track(options: argparse.Namespace) -> None:
     with folder.held():
         location, messages = send_rest(folder)
     if location:
-        if command := server_command(location.uri):
-            print(f"MLflow  {command}")
-        print(f"then    {run_url(location)}")
+        print("\n".join(where_to_look(location, folder.location)))
     if messages:
         raise RunError("MLflow: " + "; ".join(messages))
+
+
+def ui(options: argparse.Namespace) -> None:
+    """`popmtl ui`: serves a run's tracking database and prints where to look; ends with Ctrl-C."""
+    from popmtl.runs.folder import RunFolder
+    from popmtl.tracking.links import HOME, is_served, links
+    from popmtl.tracking.mlflow_sink import location_of
+    from popmtl.tracking.server import server
+
+    location = None
+    if options.run:
+        folder = RunFolder(options.run)
+        folder.config()
+        location = location_of(folder)
+        if location is None:
+            raise RequestError(f"{folder.location}: MLflow has nothing of this run yet; popmtl track sends it")
+        if is_served(location.uri):
+            print("\n".join(links(location)))
+            return
+        database = location.uri
+    else:
+        path = Path(options.storage or "runs").resolve() / "mlflow.db"
+        if not path.exists():
+            raise RequestError(f"{path}: there is no tracking database; give a RUN, or --storage FOLDER")
+        database = f"sqlite:///{path}"
+    with server(database, options.port) as (base, process):
+        print("\n".join(links(location, base) if location else [f"MLflow    {base}{HOME}"]), flush=True)
+        print("Ctrl-C ends the server", flush=True)
+        process.wait()
+    raise RunError(f"the MLflow server ended with exit code {process.returncode}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("track", help="send what MLflow has not got of a run, which waits in its folder")
     command.add_argument("run", metavar="RUN", help="folder of the run")
     command.set_defaults(call=track)
+    command = commands.add_parser("ui", help="serve MLflow to this machine's browsers, and print where to look")
+    command.add_argument("run", nargs="?", metavar="RUN", help="path or URL of the run's folder; default: all runs")
+    command.add_argument("--storage", help="folder that holds the runs, where no RUN is given; default: ./runs")
+    command.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    command.set_defaults(call=ui)
     command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume the run's own if absent")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
 from dataclasses import dataclass
+
+from popmtl.tracking.views import MEMBERS
 
 HOST, PORT = "127.0.0.1", 5000
 EXPLORER = "pareto/explorer.html"
 """The page to choose a member by, among the artifacts of the population's run."""
+HOME = "/#/experiments?workflowType=machine_learning"
+"""The page of all experiments."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,41 @@ def is_served(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def server_command(uri: str) -> str | None:
-    """The shell command that serves a tracking database to this machine's browsers; None where a server runs already.
+def run_url(location: Location, base: str | None = None) -> str:
+    """The page of the population's run.
 
-    One worker and no job runner: MLflow's defaults start 15 processes that take 3 GB.
+    Args:
+        location: of the run.
+        base: where a server of the database answers; None takes the tracking URI, or where `popmtl ui` will be.
     """
-    if is_served(uri):
-        return None
-    program = "mlflow" if shutil.which("mlflow") else f"{shlex.quote(sys.executable)} -m mlflow"
-    return (
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false "
-        f"{program} server --backend-store-uri {shlex.quote(uri)} --host {HOST} --port {PORT} --workers 1"
-    )
+    return _page(location, f"runs/{location.run_id}", base)
 
 
-def run_url(location: Location) -> str:
-    """The page of the population's run."""
-    base = location.uri.rstrip("/") if is_served(location.uri) else f"http://{HOST}:{PORT}"
+def explorer_url(location: Location, base: str | None = None) -> str:
+    """The page to choose a member by; arguments as of `run_url`."""
+    return _page(location, f"runs/{location.run_id}/artifacts/{EXPLORER}", base)
+
+
+def view_url(location: Location, view: str, base: str | None = None) -> str:
+    """The runs page as a saved view shows it; arguments as of `run_url`, and the view's key."""
+    return _page(location, "runs", base) + f"&viewStateShareKey={view}&compareRunsMode=CHART"
+
+
+def _page(location: Location, page: str, base: str | None) -> str:
+    base = base or (location.uri.rstrip("/") if is_served(location.uri) else f"http://{HOST}:{PORT}")
     # Without the workflow type MLflow opens its pages for language-model traces.
-    page = f"experiments/{location.experiment_id}/runs/{location.run_id}"
-    return f"{base}/#/{page}?workflowType=machine_learning"
+    return f"{base}/#/experiments/{location.experiment_id}/{page}?workflowType=machine_learning"
+
+
+def links(location: Location, base: str | None = None) -> list[str]:
+    """Where to look, a line each; arguments as of `run_url`."""
+    return [
+        f"choose    {explorer_url(location, base)}",
+        f"members   {view_url(location, MEMBERS, base)}",
+        f"run       {run_url(location, base)}",
+    ]
+
+
+def where_to_look(location: Location, run: str) -> list[str]:
+    """What to do to see a run: the links, or the command that serves them."""
+    return links(location) if is_served(location.uri) else [f"MLflow  popmtl ui {shlex.quote(run)}"]

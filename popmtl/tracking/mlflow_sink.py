@@ -47,8 +47,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Models = Literal["front", "all", "none"]
 
 SQLITE = "sqlite:///"
-# Points of a curve of training losses; each is the mean over its share of the run's steps.
-CURVE_POINTS = 300
+# Points of a curve of training losses; each is the mean over its share of the run's steps, or over the steps of so many
+# seconds where that takes longer: whoever watches sees the curve grow.
+CURVE_POINTS, CURVE_SECONDS = 300, 5.0
 # Seconds between two tries while MLflow is away: doubled from the first to the last; at a run's end, the second.
 FIRST_PAUSE, CLOSING_PAUSE, LAST_PAUSE = 1.0, 2.0, 15.0
 # An entry that fails so often, while MLflow answers other requests, is itself what is wrong.
@@ -88,7 +89,7 @@ class MlflowSink:
         self._messages: dict[str, None] = {}
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._away, self._unsaved = False, True
-        self._progress = self._saved = time.monotonic()
+        self._progress = self._saved = self._drawn = time.monotonic()
         # A daemon, so that a server that does not answer cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow-sink", daemon=True)
 
@@ -181,7 +182,13 @@ class MlflowSink:
             steps: the steps' numbers, from 1, shape (T,), ascending.
             losses: minibatch losses, shape (T, N, m).
         """
-        self._add_points(self._curves.add(np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)))
+        points = self._curves.add(np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64))
+        now = time.monotonic()
+        if not len(points[0]) and now - self._drawn >= CURVE_SECONDS:
+            points = self._curves.rest()
+        if len(points[0]):
+            self._drawn = now
+        self._add_points(points)
 
     def log_member_figures(self, step: int, figures: Mapping[str, Sequence[float | None]]) -> None:
         """Logs further figures of each member, by name, N values each; None is left out."""
@@ -336,6 +343,22 @@ class MlflowSink:
         self._saved, self._unsaved = time.monotonic(), False
 
 
+def location_of(folder: RunFolder) -> Location | None:
+    """Where a run is in MLflow, from what its folder says; None if MLflow has nothing of it.
+
+    Raises:
+        RequestError: the run was never tracked.
+    """
+    return MlflowSink(folder, [], _last_opening(folder), 0).location
+
+
+def _last_opening(folder: RunFolder) -> Entry:
+    openings = [entry for entry in folder.lines(JOURNAL) if entry["kind"] == "opening"]
+    if not openings:
+        raise RequestError(f"{folder.location}: this run has nothing for MLflow; its tracking was not enabled")
+    return openings[-1]
+
+
 def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
     """Sends what a run that has ended, or was killed, has left unsent or MLflow has refused.
 
@@ -348,11 +371,8 @@ def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
     Raises:
         RequestError: the run was never tracked.
     """
-    journal = folder.lines(JOURNAL)
-    openings = [entry for entry in journal if entry["kind"] == "opening"]
-    if not openings:
-        raise RequestError(f"{folder.location}: this run has nothing for MLflow; its tracking was not enabled")
-    sink = MlflowSink(folder, journal, openings[-1], 0)
+    journal, opening = folder.lines(JOURNAL), _last_opening(folder)
+    sink = MlflowSink(folder, journal, opening, 0)
     if journal[-1]["kind"] != "closing":
         sink._outbox.add("closing", {"status": "KILLED"})
     sink._thread.start()

@@ -14,7 +14,7 @@ from tracked_problems import BranchingModel, TwoHeadsModel
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_state
 from popmtl.tracking import mlflow_sink, models
-from popmtl.tracking.links import Location, run_url, server_command
+from popmtl.tracking.links import Location, links, where_to_look
 from popmtl.tracking.mlflow_sink import MlflowSink
 
 
@@ -245,9 +245,17 @@ def test_close_waits_no_longer_than_told(logged, storage, monkeypatch):
 
 
 def test_links():
-    local = Location("sqlite:////data/my runs/mlflow.db", "1", "abc")
-    assert "--backend-store-uri 'sqlite:////data/my runs/mlflow.db' --host 127.0.0.1" in server_command(local.uri)
-    assert run_url(local) == "http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning"
+    page = "#/experiments/1/runs"
     served = Location("https://mlflow.example/", "1", "abc")
-    assert server_command(served.uri) is None
-    assert run_url(served) == "https://mlflow.example/#/experiments/1/runs/abc?workflowType=machine_learning"
+    assert where_to_look(served, "runs/my run") == [
+        f"choose    https://mlflow.example/{page}/abc/artifacts/pareto/explorer.html?workflowType=machine_learning",
+        f"members   https://mlflow.example/{page}?workflowType=machine_learning"
+        "&viewStateShareKey=popmtl-members&compareRunsMode=CHART",
+        f"run       https://mlflow.example/{page}/abc?workflowType=machine_learning",
+    ]
+    local = Location("sqlite:////data/my runs/mlflow.db", "1", "abc")
+    assert where_to_look(local, "runs/my run") == ["MLflow  popmtl ui 'runs/my run'"]
+    assert (
+        links(local, "http://127.0.0.1:7")[2]
+        == f"run       http://127.0.0.1:7/{page}/abc?workflowType=machine_learning"
+    )
