@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
+from popmtl.tracking.mlflow_sink import MlflowSink
 
 OBJECTIVES = ["left", "right digit"]
 WEIGHTS = [[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]]
@@ -40,3 +41,13 @@ def finished_folder(storage, name, trained, **parameters):
     front = Front(OBJECTIVES, [1.0, 1.0], 0.3, 3, STEPS, members())
     write_front(folder, front)
     return folder, front
+
+
+def log_run(storage, name, uri, trained):
+    """Logs such a run from its first evaluation to its end; what was complained of, and where it is."""
+    folder, front = finished_folder(storage, name, trained)
+    sink = MlflowSink.open(Settings(uri), folder, CONFIG, OBJECTIVES, WEIGHTS, STEPS, config_name="digits")
+    for step in range(100, STEPS + 1, 100):
+        sink.log_evaluation(step, step / 1000, 2, [[1.0, 2.0]] * 3)
+    sink.log_front(front, "front")
+    return sink.close("FINISHED", timeout=240), sink.location
