@@ -314,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
     choice = command.add_mutually_exclusive_group()
     choice.add_argument(
-        "--preference", type=_numbers, metavar="P1,P2,…", help="how much each objective matters, such as 0.3,0.7"
+        "--preference", type=_numbers, metavar="P1,P2,...", help="how much each objective matters, such as 0.3,0.7"
     )
     choice.add_argument("--knee", action="store_true", help="nearest to the best of all objectives at once")
     choice.add_argument("--best", metavar="NAME", help="the best at this objective or metric")

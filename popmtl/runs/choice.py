@@ -122,7 +122,7 @@ def choose(
         values = _values(front, best, "--best")
         values = -values if _direction(front, best) == "higher" else values
         if not np.isfinite(values[candidates]).any():
-            raise RequestError(f"--best {best}: none of the members has a finite value of it")
+            raise RequestError(f"--best {best}: no member to choose from has a finite value of it")
         top = values == values[candidates & np.isfinite(values)].min()
         by, row = {"best": best}, pick(F, np.ones(F.shape[1]), candidates & top)
     else:

@@ -54,6 +54,7 @@ def test_each_way_to_choose():
     assert chosen(best="depth/abs-rel.") == 7
     # 1 and 2 are equal in it, and 2 is the better compromise; 3 is better, but dominated.
     assert chosen(best="accuracy") == chosen(best="error") == 2
+    assert chosen("left digit < 0.25", best="accuracy") == 1
     assert chosen("accuracy > 0") == 2
 
 
@@ -162,7 +163,7 @@ def test_a_metric_needs_a_direction_and_a_value_to_be_the_best_of():
     values = [[0.0, 1.0], [1.0, 0.0]]
     with pytest.raises(RequestError, match=r"--best speed: front.json does not say whether higher or lower is better"):
         choose(front(values, speed=[1.0, 2.0]), best="speed")
-    with pytest.raises(RequestError, match=r"--best speed: none of the members has a finite value"):
+    with pytest.raises(RequestError, match=r"--best speed: no member to choose from has a finite value"):
         choose(front(values, {"speed": "higher"}, speed=[NAN, NAN]), best="speed")
     with pytest.raises(RequestError, match=r"excludes 2 of 2 \(none has a value\)"):
         choose(front(values, speed=[NAN, NAN]), where=["speed>0"])
