@@ -1,19 +1,22 @@
-"""The command line: `popmtl train CONFIG [key.path=value …]`."""
+"""The command line: `popmtl train CONFIG [key.path=value …]`, and what is done with the runs that it leaves."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from popmtl import __version__
 from popmtl.errors import RequestError, RunError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -48,8 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     """`popmtl train`: checks everything, runs it, and prints the front."""
     # Ray and torch take seconds to import, which --help and a misspelt option need not wait for.
-    from rich.console import Console
-
     from popmtl.config import load_config, resumed_config
     from popmtl.display import ProgressLine, print_front, print_plan, print_warnings
     from popmtl.distributed import driver
@@ -75,9 +76,7 @@ def train(options: argparse.Namespace) -> None:
         name = Path(options.config).stem
         if options.storage:
             config = config.model_copy(update={"storage": options.storage})
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a file or a pipe has no width of its own
+    console = _console()
     with ExitStack() as session:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
         resources = session.enter_context(driver.cluster(options.address)) if options.address else local_resources()
@@ -137,6 +136,108 @@ def runs(options: argparse.Namespace) -> None:
     storage = options.storage or "runs"
     with _reading(storage):
         print_runs(Console(), runs_in(storage))
+
+
+def front(options: argparse.Namespace) -> None:
+    """`popmtl front`: the front of a finished run."""
+    from popmtl.display import print_front
+    from popmtl.runs.choice import finished_front
+    from popmtl.runs.folder import RunFolder
+
+    folder = RunFolder(options.run)
+    with _reading(options.run):
+        found = finished_front(folder)
+        content = folder.read("pareto/front.json").decode()
+    if options.plot:
+        from popmtl.runs.picture import draw_front
+
+        _draw(options, lambda file: draw_front(found, file))
+    if options.json:
+        print(content, end="")
+    else:
+        print_front(_console(), found)
+
+
+def pick(options: argparse.Namespace) -> None:
+    """`popmtl pick`: chooses a model of a finished run, and exports it."""
+    from popmtl.display import print_choice
+    from popmtl.runs.choice import choose, described, export, finished_front
+    from popmtl.runs.files import to_json
+    from popmtl.runs.folder import RunFolder
+
+    if not (options.preference or options.knee or options.best or options.where):
+        raise RequestError("pick: give --preference, --knee or --best, or --where alone")
+    folder = RunFolder(options.run)
+    with _reading(options.run):
+        found = finished_front(folder)
+    choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
+    member = choice.member.subproblem
+    warnings = []
+    if choice.dominated_by:
+        others = ", ".join(str(other) for other in choice.dominated_by)
+        warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")
+    if options.export:
+        with _reading(options.run):
+            warnings += export(folder, found, choice, options.export)
+    for warning in warnings:
+        print(f"popmtl: warning: {warning}", file=sys.stderr)
+    if options.json:
+        exported = {"exported": str(Path(options.export).resolve())} if options.export else {}
+        print(to_json(described(folder, found, choice) | exported, indent=2))
+        return
+    print_choice(_console(), described(folder, found, choice))
+    if options.export:
+        print(f"\nexported to {Path(options.export).resolve()}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """`popmtl compare`: the fronts of several runs against each other."""
+    from popmtl.display import print_comparison
+    from popmtl.runs.choice import finished_front
+    from popmtl.runs.comparison import compare_fronts, front_points
+    from popmtl.runs.files import to_json
+    from popmtl.runs.folder import RunFolder
+
+    folders = [RunFolder(run) for run in options.runs]
+    fronts = []
+    for folder in folders:
+        with _reading(folder.location):
+            fronts.append(finished_front(folder))
+    places = [folder.location for folder in folders]
+    names = [folder.name for folder in folders]
+    comparison = compare_fronts(names if len(set(names)) == len(names) else places, fronts)
+    if options.plot:
+        from popmtl.runs.picture import draw_fronts
+
+        points = [front_points(front) for front in fronts]
+        _draw(options, lambda file: draw_fronts(comparison.names, comparison.objectives, points, file))
+    if options.json:
+        print(to_json(asdict(comparison), indent=2))
+    else:
+        print_comparison(_console(), comparison)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=120)  # a file or a pipe has no width of its own
+
+
+def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None:
+    """Writes the picture that --plot asks for, and says where unless stdout is for --json."""
+    from popmtl.runs.files import replacing
+    from popmtl.runs.storage import said
+
+    path = Path(options.plot).absolute()
+    if path.suffix != ".png":
+        raise RequestError(f"--plot {options.plot}: the picture is a PNG: give a file that ends in .png")
+    try:
+        with replacing(path) as beside, beside.open("wb") as file:
+            draw(file)
+    except OSError as error:
+        raise RequestError(f"--plot {options.plot}: cannot be written ({said(error)})") from error
+    print(f"picture {path}", file=sys.stderr if options.json else sys.stdout)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -224,6 +325,37 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("runs", help="list the runs in a storage folder")
     command.add_argument("--storage", help="path or URL of the folder that holds the runs; default: ./runs")
     command.set_defaults(call=runs)
+    command = commands.add_parser("front", help="show the front of a finished run")
+    command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
+    command.add_argument("--json", action="store_true", help="print front.json and nothing else")
+    command.add_argument(
+        "--plot", nargs="?", const="front.png", metavar="FILE.png", help="draw it; default: front.png, here"
+    )
+    command.set_defaults(call=front)
+    command = commands.add_parser(
+        "pick",
+        help="choose a model of a finished run, and export it",
+        description="Choose a model by a preference, the knee, or the best value of a figure, among those that satisfy "
+        "all --where; with --where alone, by equal preference. Dominated models come last.",
+    )
+    command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
+    choice = command.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--preference", type=_numbers, metavar="P1,P2,...", help="how much each objective matters, such as 0.3,0.7"
+    )
+    choice.add_argument("--knee", action="store_true", help="nearest to the best of all objectives at once")
+    choice.add_argument("--best", metavar="NAME", help="the best at this objective or metric")
+    command.add_argument(
+        "--where", action="append", default=[], metavar="CONSTRAINT", help="such as 'accuracy>=0.95'; may be repeated"
+    )
+    command.add_argument("--export", metavar="DIR", help="write weights, torch.export program and model card there")
+    command.add_argument("--json", action="store_true", help="print the choice as JSON and nothing else")
+    command.set_defaults(call=pick)
+    command = commands.add_parser("compare", help="compare the fronts of finished runs")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="paths or URLs of two or more runs' folders")
+    command.add_argument("--plot", metavar="FILE.png", help="draw the fronts over each other")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON and nothing else")
+    command.set_defaults(call=compare)
     command = commands.add_parser("verify", help="check a run's checkpoints against their manifests")
     command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
     command.set_defaults(call=verify)
@@ -247,3 +379,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=train)
     return parser
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers between commas, such as 0.3,0.7") from error

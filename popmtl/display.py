@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from popmtl.distributed.plan import RunPlan
-from popmtl.distributed.progress import Progress
+from popmtl.runs.choice import in_words, knee_of
+from popmtl.runs.comparison import Comparison
 from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
+
+if TYPE_CHECKING:  # they import Ray and torch
+    from popmtl.distributed.plan import RunPlan
+    from popmtl.distributed.progress import Progress
 
 LINE_SECONDS = 10.0
 """Between two progress lines where there is no terminal."""
@@ -114,12 +119,13 @@ def print_warnings(console: Console, warnings: Sequence[str]) -> None:
 
 
 def print_front(console: Console, front: Front) -> None:
-    """The front as a table; dominated members are dim and have no star."""
+    """The front as a table; dominated members are dim and have no star, the knee has a k."""
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
     title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.hypervolume:.5g} at ({point})"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
+    knee = knee_of(front)
     table = _table()
     table.add_column("model", justify="right")
     for name in ("weights", *front.objectives, *metrics):
@@ -128,18 +134,63 @@ def print_front(console: Console, front: Front) -> None:
     for member in front.members:
         figures = [*member.objectives, *(member.metrics[name] for name in metrics)]
         table.add_row(
-            f"{'*' if member.non_dominated else ' '} {member.subproblem}",
+            f"{'k' if member is knee else ''}{'*' if member.non_dominated else ' '} {member.subproblem}",
             " ".join(f"{w:.2f}" for w in member.weights),
             *(f"{figure:.4g}" for figure in figures),
             member.stage,
             style=None if member.non_dominated else "dim",
         )
     console.print(table)
-    console.print("* non-dominated", style="dim")
+    knee_mark = ", k knee: nearest to the best of all objectives at once" if knee else ""
+    console.print(f"* non-dominated{knee_mark}", style="dim", highlight=False)
     for member in front.members:
         if member.lost:
             again = f", and {member.reseeds} new starts did not help" if member.reseeds else ""
             print_warnings(console, [f"subproblem {member.subproblem} was lost: {member.lost}{again}"])
+
+
+def print_choice(console: Console, choice: Mapping[str, Any]) -> None:
+    """A chosen member, from `popmtl.runs.choice.described`, and the code that loads it."""
+    by = in_words(choice["chosen"], list(choice["objectives"]))
+    line = f"model {choice['subproblem']} of {choice['location']}, by {by}"
+    console.print(line, style="bold", highlight=False, soft_wrap=True, markup=False)
+    table = _table()
+    for name in ("objective", "value", "weight"):
+        table.add_column(name, justify="left" if name == "objective" else "right")
+    for name, value in choice["objectives"].items():
+        table.add_row(name, f"{value:.6g}", f"{choice['weights'][name]:.3f}")
+    console.print(table)
+    facts = {**{name: f"{value:.6g}" for name, value in choice["metrics"].items()}, "stage": choice["stage"]}
+    width = max(len(name) for name in facts)
+    for line in [f"{name:{width}}  {fact}" for name, fact in facts.items()] + [f"{'file':{width}}  {choice['file']}"]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    for line in ("", *choice["load"]):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """The runs' figures as a table, and their coverage of each other as a matrix."""
+    point = ", ".join(f"{x:.3g}" for x in comparison.reference_point)
+    title = f"{len(comparison.names)} fronts, test split; hypervolume at ({point}), the worst of their reference points"
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    table = _table()
+    table.add_column("run", overflow="fold")
+    for name in ("non-dominated", "hypervolume", "share", *(f"best {name}" for name in comparison.objectives)):
+        table.add_column(name, justify="right", overflow="fold")
+    for i, name in enumerate(comparison.names):
+        best = [f"{value:.4g}" for value in comparison.best[i]]
+        size, volume, share = comparison.sizes[i], comparison.hypervolumes[i], comparison.shares[i]
+        table.add_row(f"{i + 1} {name}", str(size), f"{volume:.5g}", _share(share), *best)
+    console.print(table)
+    console.print("share: of the models that no other run's dominates either", style="dim", highlight=False)
+    table = _table()
+    for name in ("coverage", *(f"of {i + 1}" for i in range(len(comparison.names)))):
+        table.add_column(name, justify="right")
+    for i, row in enumerate(comparison.coverage):
+        table.add_row(f"by {i + 1}", *(_share(share) for share in row))
+    console.print(table)
+    what = "coverage: how much of the column's front is dominated by or equal to a model of the row's run"
+    console.print(what, style="dim", highlight=False)
 
 
 def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
@@ -156,6 +207,10 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
 
 def _table() -> Table:
     return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _share(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.0%}"
 
 
 def _bytes(count: float) -> str:

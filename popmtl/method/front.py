@@ -97,8 +97,8 @@ def nadir_point(F: ArrayLike) -> NDArray[np.float64]:
     return nadir
 
 
-def pick(F: ArrayLike, preference: ArrayLike) -> int:
-    """The non-dominated row that suits a preference best.
+def pick(F: ArrayLike, preference: ArrayLike, candidates: ArrayLike | None = None) -> int:
+    """The non-dominated row, or the candidate, that suits a preference best.
 
     Objectives are first normalized to 0 at the ideal and 1 at the nadir point (an objective that does not vary is 0).
     Among z, the rows so normalized, the smallest augmented weighted Tchebycheff distance to the ideal point wins:
@@ -108,12 +108,13 @@ def pick(F: ArrayLike, preference: ArrayLike) -> int:
     Args:
         F: objective values, shape (N, m).
         preference: how much each objective matters, shape (m,), non-negative, summing to more than 0.
+        candidates: see `normalized_front`.
 
     Returns:
         The row's index; the first of equally good rows.
 
     Raises:
-        ValueError: a shape or the preference is wrong, or F has no finite row.
+        ValueError: a shape or the preference is wrong, or there is no finite row to choose.
     """
     F = _points(F)
     p = np.asarray(preference, dtype=np.float64)
@@ -121,50 +122,59 @@ def pick(F: ArrayLike, preference: ArrayLike) -> int:
         raise ValueError(f"preference must have shape ({F.shape[1]},) as F has {F.shape[1]} columns, not {p.shape}")
     if not np.isfinite(p).all() or (p < 0).any() or not p.any():
         raise ValueError(f"preference must be non-negative numbers, not all zero; got {p.tolist()}")
-    candidates, z = normalized_front(F)
+    rows, z = normalized_front(F, candidates)
     # Scaled by the largest first, so that a sum of huge preferences cannot overflow.
     p = p / p.max()
     p = p / p.sum()
     distance = (p * z).max(axis=1) + AUGMENTATION * z.sum(axis=1)
-    return int(candidates[np.argmin(distance)])
+    return int(rows[np.argmin(distance)])
 
 
-def knee(F: ArrayLike) -> int:
-    """The non-dominated row nearest to the ideal point: a compromise that gives up little of any objective.
+def knee(F: ArrayLike, candidates: ArrayLike | None = None) -> int:
+    """The non-dominated row, or the candidate, nearest to the ideal point: it gives up little of any objective.
 
     Nearest by the Euclidean distance of the objectives normalized as in `pick`, which leads to the bend of a front that
     has one, and to the middle of one that has none (compromise programming with p = 2; Zeleny, 1973).
 
     Args:
         F: objective values, shape (N, m).
+        candidates: see `normalized_front`.
 
     Returns:
         The row's index; the first of equally near rows.
 
     Raises:
-        ValueError: F is not two-dimensional or has no finite row.
+        ValueError: a shape is wrong, or there is no finite row to choose.
     """
-    candidates, z = normalized_front(F)
-    return int(candidates[np.argmin((z**2).sum(axis=1))])
+    rows, z = normalized_front(F, candidates)
+    return int(rows[np.argmin((z**2).sum(axis=1))])
 
 
-def normalized_front(F: ArrayLike) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
+def normalized_front(F: ArrayLike, candidates: ArrayLike | None = None) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
     """The non-dominated rows, each objective scaled to 0 at the ideal and 1 at the nadir point.
 
     Args:
         F: objective values, shape (N, m).
+        candidates: which rows to give instead, shape (N,); the scale stays that of all non-dominated rows, so that to
+            leave out candidates that are not chosen changes no choice. Rows that are not finite are none.
 
     Returns:
-        The rows' indices, shape (K,), and their scaled values, shape (K, m); 0 for an objective that does not vary.
+        The rows' indices, shape (K,), and their scaled values, shape (K, m); in an objective that does not vary, the
+        distance to the ideal point, 0 on the front.
 
     Raises:
-        ValueError: F is not two-dimensional or has no finite row.
+        ValueError: a shape is wrong, or there is no finite row.
     """
     points = _points(F)
     ideal = ideal_point(points)
     spread = nadir_point(points) - ideal
-    candidates = np.flatnonzero(non_dominated(points))
-    return candidates, (points[candidates] - ideal) / np.where(spread > 0, spread, 1.0)
+    wanted = non_dominated(points) if candidates is None else np.asarray(candidates, dtype=np.bool_)
+    if wanted.shape != (len(points),):
+        raise ValueError(f"candidates must have shape ({len(points)},) as F has {len(points)} rows, not {wanted.shape}")
+    rows = np.flatnonzero(wanted & np.isfinite(points).all(axis=1))
+    if not len(rows):
+        raise ValueError("no candidate has finite objective values")
+    return rows, (points[rows] - ideal) / np.where(spread > 0, spread, 1.0)
 
 
 def _points(F: ArrayLike) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
-"""The picture of a Pareto set: front.png."""
+"""The picture of a Pareto set, front.png, and of several over each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from popmtl.runs.front import Front
@@ -74,6 +76,56 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
             fontsize=8.5,
             color="0.35",
         )
+    figure.savefig(file, format="png")
+
+
+def draw_fronts(
+    names: Sequence[str], objectives: Sequence[str], fronts: Sequence[Points], file: Path | BinaryIO
+) -> None:
+    """Draws fronts over each other to a PNG file of 1200 × 900 pixels, each in a colour and with a marker of its own.
+
+    Two objectives: the points and their staircase. Otherwise: parallel coordinates, each objective scaled to the range
+    of all fronts together.
+
+    Args:
+        names: of the fronts, for the legend.
+        objectives: the m names.
+        fronts: the points of each, shape (K, m) with a K of its own.
+        file: where to write.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    columns = range(len(objectives))
+    handles = []
+    for i, F in enumerate(fronts):
+        # Nine markers for ten colours: a colour that comes back has another marker.
+        style: dict[str, Any] = {
+            "color": f"C{i % 10}",
+            "marker": "os^Dv<>PX"[i % 9],
+            "markersize": 6.0,
+            "linewidth": 1.2,
+        }
+        handles.append(Line2D([], [], **style))
+        if len(objectives) == 2:
+            steps = F[np.lexsort((F[:, 1], F[:, 0]))]
+            axes.step(steps[:, 0], steps[:, 1], where="post", alpha=0.8, **style)
+        else:
+            together = np.vstack(fronts)
+            low, spread = together.min(axis=0), np.ptp(together, axis=0)
+            heights = np.where(spread > 0, (F - low) / np.where(spread > 0, spread, 1.0), 0.5)
+            for row in heights:
+                axes.plot(columns, row, alpha=0.8, **style)
+    if len(objectives) == 2:
+        axes.set_xlabel(objectives[0])
+        axes.set_ylabel(objectives[1])
+    else:
+        axes.set_xticks(columns, list(objectives))
+        axes.set_ylabel("objectives, lower is better, scaled to the range of all fronts")
+    axes.legend(handles, list(names), loc="best", fontsize=8.5, frameon=False)
     figure.savefig(file, format="png")
 
 

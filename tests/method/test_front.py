@@ -148,3 +148,27 @@ def test_the_knee_is_where_little_of_any_objective_is_given_up():
     assert knee([[np.inf, 0.0], [2.0, 2.0], [1.0, 3.0]]) == 1
     with pytest.raises(ValueError, match="finite"):
         knee([[np.nan, 1.0]])
+
+
+@pytest.mark.parametrize("choose", [knee, lambda F, candidates=None: pick(F, [0.3, 0.5, 0.2], candidates)])
+def test_candidates_that_hold_the_choice_do_not_change_it(choose):
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        F = random.integers(0, 6, size=(12, 3)).astype(float)
+        F[random.integers(12)] = np.nan
+        chosen = choose(F)
+        candidates = random.random(12) < 0.3
+        candidates[chosen] = True
+        assert choose(F, candidates & non_dominated(F)) == chosen
+
+
+def test_candidates_are_measured_by_the_scale_of_the_whole_front():
+    # Scaled by the two candidates alone, each would be the best at one objective and (1, 1) a tie.
+    F = [[0.0, 10.0], [1.0, 1.1], [1.1, 1.0], [20.0, 0.0], [np.nan, 0.0]]
+    assert pick(F, [1, 1], [False, True, True, False, True]) == 2
+    assert knee(F, [False, True, True, False, True]) == 2
+    # Dominated rows may be candidates.
+    assert pick([[0.0, 0.0], [3.0, 1.0], [1.0, 2.0]], [1, 1], [False, True, True]) == 2
+    for candidates, message in (([True] * 4, r"shape \(5,\)"), ([False] * 4 + [True], "no candidate has finite")):
+        with pytest.raises(ValueError, match=message):
+            knee(F, candidates)

@@ -1,0 +1,86 @@
+"""The fronts of several runs against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from popmtl.errors import RequestError
+from popmtl.method.front import hypervolume, non_dominated
+from popmtl.runs.choice import objective_values
+from popmtl.runs.front import Front
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """R fronts of m objectives, which are minimized; the values are those on the test split.
+
+    Attributes:
+        names: of the runs.
+        objectives: the m names.
+        reference_point: the componentwise worst of the runs' own, m numbers.
+        sizes: how many non-dominated members each run has.
+        hypervolumes: of each run at that one reference point.
+        shares: of the members that are non-dominated among all runs', the part that is each run's; they sum to 1. Of
+            equal members of two runs each counts. NaN where no run has a member.
+        coverage: row a, column b: C(a, b), the part of b's non-dominated members which a member of a dominates or
+            equals (Zitzler and Thiele, 1999); NaN where b has none.
+        best: R×m, the least value of each objective; NaN where a run has none.
+    """
+
+    names: Sequence[str]
+    objectives: Sequence[str]
+    reference_point: Sequence[float]
+    sizes: Sequence[int]
+    hypervolumes: Sequence[float]
+    shares: Sequence[float]
+    coverage: Sequence[Sequence[float]]
+    best: Sequence[Sequence[float]]
+
+
+def compare_fronts(names: Sequence[str], fronts: Sequence[Front]) -> Comparison:
+    """Compares two or more fronts; members that are lost or not finite count for nothing.
+
+    Args:
+        names: of the runs.
+        fronts: theirs, in the same order.
+
+    Raises:
+        RequestError: there are fewer than two, or they have not the same objectives.
+    """
+    if len(fronts) < 2:
+        raise RequestError("compare: give two runs or more")
+    objectives = list(fronts[0].objectives)
+    for name, front in zip(names, fronts, strict=True):
+        if list(front.objectives) != objectives:
+            ours, theirs = ", ".join(objectives), ", ".join(front.objectives)
+            raise RequestError(f"compare: {names[0]} has the objectives {ours}, but {name} has {theirs}")
+    points = [front_points(front) for front in fronts]
+    reference = np.max([front.reference_point for front in fronts], axis=0)
+    together = non_dominated(np.vstack(points))
+    owners = np.repeat(np.arange(len(points)), [len(F) for F in points])[together]
+    return Comparison(
+        names=list(names),
+        objectives=objectives,
+        reference_point=reference.tolist(),
+        sizes=[len(F) for F in points],
+        hypervolumes=[hypervolume(F, reference) for F in points],
+        shares=[float((owners == run).mean()) if len(owners) else float("nan") for run in range(len(points))],
+        coverage=[[_coverage(A, B) for B in points] for A in points],
+        best=[F.min(axis=0).tolist() if len(F) else [float("nan")] * len(objectives) for F in points],
+    )
+
+
+def front_points(front: Front) -> NDArray[np.float64]:
+    """The objective values of the non-dominated members, shape (K, m)."""
+    F = objective_values(front)
+    return F[non_dominated(F)]
+
+
+def _coverage(A: NDArray[np.float64], B: NDArray[np.float64]) -> float:
+    # The non-dominated members of a run cover whatever any of its members covers.
+    covered = (A[:, None] <= B[None]).all(axis=2).any(axis=0)
+    return float(covered.mean()) if len(B) else float("nan")
