@@ -161,7 +161,8 @@ def front(options: argparse.Namespace) -> None:
 def pick(options: argparse.Namespace) -> None:
     """`popmtl pick`: chooses a model of a finished run, and exports it."""
     from popmtl.display import print_choice
-    from popmtl.runs.choice import choose, described, export, finished_front
+    from popmtl.runs.choice import choose, described, finished_front
+    from popmtl.runs.export import export
     from popmtl.runs.files import to_json
     from popmtl.runs.folder import RunFolder
 

@@ -27,14 +27,13 @@ from torch import Tensor, nn
 
 import popmtl
 from popmtl.problems.registry import BUILT_IN, load_problem
+from popmtl.runs.export import TRACING_ERRORS
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front
 from popmtl.runs.results import load_model, model_file
 from popmtl.tracking import pareto_model
 
-# What tracing a model may raise, user code included; without an exported program there still are weights and code.
-TRACING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # What an exported program may differ by from the model, relative and absolute.
 TOLERANCE = 1e-6
 
