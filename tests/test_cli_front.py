@@ -15,7 +15,7 @@ from tracked_problems import BranchingModel, TwoHeadsModel
 
 from popmtl.cli import BAD_REQUEST, FAILED, OK, main
 from popmtl.method.front import hypervolume, non_dominated
-from popmtl.runs import choice
+from popmtl.runs import export
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import load_model, load_state, model_file, write_front, write_model
@@ -268,7 +268,7 @@ def test_an_export_that_fails_leaves_nothing(said, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", "README.md")
 
     with monkeypatch.context() as patch:
-        patch.setattr(choice, "_readme", full)
+        patch.setattr(export, "_readme", full)
         _, err = said(BAD_REQUEST, "pick", run.path, "--knee", "--export", target)
         assert f"--export {target}: cannot be written (README.md: No space left on device)" in err
     with monkeypatch.context() as patch:

@@ -1,12 +1,16 @@
-"""What checkpoints cost: stretches of 100 steps with one and without one, side by side in one run.
+"""What checkpoints, or tracking in MLflow, cost: stretches of 100 steps with and without, side by side in one run.
 
-    python scripts/measure_checkpoints.py [CONFIG] [key.path=value …] [--pairs 12]
+    python scripts/measure_overhead.py checkpoints [CONFIG] [key.path=value …] [--pairs 12]
+    python scripts/measure_overhead.py tracking [CONFIG] [key.path=value …] [--pairs 12]
 
 Trains MTGD on the config (configs/multidigits.yaml with its LeNet), on a Ray that it starts, with a checkpoint at the
-start of every other stretch. A stretch is timed from its first step to the moment before the next: the copying of the
-rows, the writing beside the steps, and the commit are all in it. Neighbours are compared, so that a machine that others
-use too slows both; the stretches with and without take turns at coming first. Prints the ratio of each pair, their
-median and quartiles, and the load of the machine; and the same of processor seconds, which others disturb less.
+start of every other stretch: the copying of the rows, the writing beside the steps, and the commit are all in it. Or
+tells MLflow (SQLite, or what tracking.uri names) of the losses of every other stretch, about every five seconds as all
+runs do, and of an evaluation in the middle of it. A stretch is timed from its first step to the moment before the next.
+
+Neighbours are compared, so that a machine that others use too slows both; the stretches with and without take turns at
+coming first. Prints the ratio of each pair, their median and quartiles, and the load of the machine; and the same of
+processor seconds, which others disturb less.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,13 +36,14 @@ from popmtl.distributed.coordinator import Coordinator
 from popmtl.distributed.placement import local_resources
 from popmtl.distributed.plan import make_plan
 from popmtl.runs.folder import RunFolder
+from popmtl.tracking.outbox import JOURNAL
 
 STRETCH = 100
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "multidigits.yaml"
 
 
-def has_checkpoint(stretch: int) -> bool:
-    """Whether a stretch has one: by pairs, and in each pair the other way round than in the one before."""
+def has_it(stretch: int) -> bool:
+    """Whether a stretch has what is measured: by pairs, and in each pair the other way round than in the one before."""
     return stretch % 4 in (1, 2)
 
 
@@ -51,7 +57,7 @@ def processor_seconds() -> float:
 
 
 class Timed(Coordinator):
-    """A coordinator that writes down when each stretch ends, and checkpoints in every other one."""
+    """A coordinator that writes down when each stretch ends."""
 
     def _until_checkpoint(self, step: int, longest: int) -> int:
         return min(longest, STRETCH - step % STRETCH)
@@ -61,18 +67,39 @@ class Timed(Coordinator):
             return False
         record = {"step": step, "time": time.monotonic(), "processor": processor_seconds()}
         self.folder.append("stretches.jsonl", record)
-        return has_checkpoint(step // STRETCH)
+        return self.checkpoints(step // STRETCH)
+
+    def checkpoints(self, stretch: int) -> bool:
+        """Whether a stretch begins with a checkpoint."""
+        return has_it(stretch)
+
+
+class Tracked(Timed):
+    """Has a sink in every other stretch."""
+
+    real: Any = None
+
+    def checkpoints(self, stretch: int) -> bool:
+        """None does; but the sink comes and goes."""
+        self.real = self.real or self.sink
+        self.sink = self.real if has_it(stretch) else None
+        return False
+
+    async def _end(self, *arguments: Any) -> list[str]:
+        self.sink = self.real
+        return await super()._end(*arguments)
 
 
 def pairs_of(times: list[float]) -> list[tuple[float, float]]:
     """Seconds of neighbouring stretches: with a checkpoint, and without. The first pair warms up."""
     lengths = {number: after - before for number, (before, after) in enumerate(itertools.pairwise(times), 1)}
     pairs = [(number, number + 1) for number in range(2, max(lengths), 2)][1:]
-    return [(lengths[a], lengths[b]) if has_checkpoint(a) else (lengths[b], lengths[a]) for a, b in pairs]
+    return [(lengths[a], lengths[b]) if has_it(a) else (lengths[b], lengths[a]) for a, b in pairs]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["checkpoints", "tracking"])
     parser.add_argument("config", nargs="?", default=str(CONFIG))
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--pairs", type=int, default=12)
@@ -82,31 +109,36 @@ def main() -> None:
         options.config, options.overrides = str(CONFIG), [options.config, *options.overrides]
     steps = STRETCH * (2 * options.pairs + 4)
     own = ["problem.model=lenet"] if options.config == str(CONFIG) else []
-    fixed = [f"train.steps={steps}", f"train.evaluate_every={steps}", "fine_tune.steps=0", "tracking.enabled=false"]
+    tracked = options.what == "tracking"
+    fixed = [f"train.steps={steps}", "fine_tune.steps=0", f"tracking.enabled={str(tracked).lower()}"]
+    fixed += [f"train.evaluate_every={STRETCH // 2 if tracked else steps}", "tracking.models=none"]
     config = load_config(options.config, [*own, *options.overrides, *fixed])
     plan = make_plan(config, local_resources())
     load: list[float] = []
-    driver._Coordinator = ray.remote(Timed)
+    driver._Coordinator = ray.remote(Tracked if tracked else Timed)
     with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_resources()["CPU"])):
         folder = RunFolder.create(storage, "run")
         folder.write_config(config.resolved())
         driver.run(plan, folder.path, "run", lambda _: load.append(os.getloadavg()[0]))
         records = folder.lines("stretches.jsonl")
-        written = [event["step"] for event in folder.events() if event["kind"] == "checkpoint"]
+        kinds = Counter(
+            [event["kind"] for event in folder.events()] + [entry["kind"] for entry in folder.lines(JOURNAL)]
+        )
     pairs = pairs_of([record["time"] for record in records])
     worked = [a / b for a, b in pairs_of([record["processor"] for record in records])]
     ratios = [with_one / without for with_one, without in pairs]
     for (with_one, without), ratio in zip(pairs, ratios, strict=True):
-        print(f"{STRETCH} steps: {with_one:.3f} s with a checkpoint, {without:.3f} s without: {ratio:.3f}")
+        print(f"{STRETCH} steps: {with_one:.3f} s with, {without:.3f} s without: {ratio:.3f}")
     low, _, high = quantiles(ratios, n=4)
     least, _, most = quantiles(worked, n=4)
     ms = [1e3 * (with_one - without) for with_one, without in pairs]
+    done = f"{kinds['training losses']} points of each curve" if tracked else f"{kinds['checkpoint']} checkpoints"
     print(
-        f"{plan.placement.describe()}, {len(plan.W)} models of {plan.parameters} parameters, {len(written)} "
-        f"checkpoints; median ratio {median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}, from {len(ratios)} pairs; "
+        f"{plan.placement.describe()}, {len(plan.W)} models of {plan.parameters} parameters, {done}; "
+        f"median ratio {median(ratios):.3f}, quartiles {low:.3f} to {high:.3f}, from {len(ratios)} pairs; "
         f"of processor seconds {median(worked):.3f}, {least:.3f} to {most:.3f}; "
-        f"a checkpoint takes {median(ms):.0f} ms more (median); load of the machine {min(load):.1f} to {max(load):.1f} "
-        f"on {os.cpu_count()} cores; target ≤ 1.05"
+        f"{median(ms):.0f} ms more a stretch (median); load of the machine {min(load):.1f} to {max(load):.1f} "
+        f"on {os.cpu_count()} cores; target ≤ {1.02 if tracked else 1.05}"
     )
     if options.json:
         result: dict[str, Any] = {
