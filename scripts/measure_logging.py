@@ -88,6 +88,7 @@ def main() -> None:
     print(f"{options.members} members of {size:,} parameters; load of the machine {os.getloadavg()[0]:.1f}")
     for served in (False, True):
         with tempfile.TemporaryDirectory() as place:
+            os.chdir(place)  # where a server keeps its artifacts
             storage = Path(place) / "runs"
             folder, front = finished(storage, options.members, options.parameters)
             if served:

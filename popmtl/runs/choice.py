@@ -21,6 +21,7 @@ from popmtl.runs.front import Front, Member
 CONSTRAINT = re.compile(r"\s*(.+?)\s*(>=|<=|>|<)\s*([^<>=]+?)\s*")
 COMPARE = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 
+
 @dataclass(frozen=True)
 class Choice:
     """A chosen member.

@@ -312,7 +312,7 @@ class Sender:
         if number is None:
             # Not models:/…, which MLflow looks up in the process-wide tracking URI.
             source = client.get_logged_model(model_id).artifact_location
-            made = client.create_model_version(name, source, run_id, tags=mine, model_id=model_id)
+            made = client.create_model_version(name, source, run_id, tags=mine, model_id=model_id, await_creation_for=0)
             number = made.version
         client.set_registered_model_alias(name, alias, number)
         self._sent.versions[alias] = str(number)
