@@ -1,0 +1,76 @@
+"""The Pareto explorer: one HTML file that leads from a front to the model to ship."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+
+from popmtl.method.front import AUGMENTATION
+from popmtl.runs.files import to_json
+from popmtl.runs.front import Front
+
+# Characters that could end the script element which holds the data, or a line of it.
+UNSAFE = "<\u2028\u2029"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a reader loads what the page chose.
+
+    Attributes:
+        run: the run's folder, for `popmtl.runs.results.load_model`.
+        models: MLflow model URI by subproblem, such as {3: "models:/m-0123"}.
+        picker: URI of the registered picker; None if there is none.
+    """
+
+    run: str
+    models: Mapping[int, str] = field(default_factory=dict)
+    picker: str | None = None
+
+
+def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]], loading: Loading) -> str:
+    """The page as HTML, which needs no network and no other file.
+
+    It chooses as `popmtl.method.front.pick` and `knee` do.
+
+    Args:
+        front: the Pareto set.
+        title: the page's heading.
+        history: steps, each with the hypervolume on the validation split.
+        loading: what the code that the page shows refers to.
+    """
+    names = list(dict.fromkeys([*front.metrics, *(name for member in front.members for name in member.metrics)]))
+    data = {
+        "title": title,
+        "objectives": front.objectives,
+        "metrics": [{"name": name, "better": front.metrics.get(name)} for name in names],
+        "reference": front.reference_point,
+        "hypervolume": front.hypervolume,
+        "steps": front.steps,
+        "augmentation": AUGMENTATION,
+        "members": [
+            {
+                "subproblem": member.subproblem,
+                "weights": member.weights,
+                "objectives": member.objectives,
+                "metrics": [member.metrics.get(name) for name in names],
+                "stage": member.stage,
+                "best": member.non_dominated,
+                "kept": member.model is not None,
+                "reseeds": member.reseeds,
+                "lost": member.lost,
+            }
+            for member in front.members
+        ],
+        "history": history,
+        "run": loading.run,
+        "models": loading.models,
+        "picker": loading.picker,
+    }
+    text = to_json(data)
+    for character in UNSAFE:
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    template = resources.files("popmtl.tracking").joinpath("explorer.html").read_text(encoding="utf-8")
+    before, after = template.split("{{data}}")
+    return before + text + after
