@@ -543,6 +543,13 @@ def test_nothing_overlaps_or_overflows(opened, m, N):
         assert frame.evaluate(OVERFLOW) <= 0
 
 
+def test_a_frame_may_start_without_a_width(opened):
+    frame = opened(with_metrics(curved(3, 8)), width=1)
+    frame.wait_for_selector("#parallel svg", state="attached")
+    resize(frame, 900)
+    assert frame.evaluate(OVERLAPS) == []
+
+
 # The lowest ratio of contrast (WCAG 2) between a text and what is behind it, and whose it is.
 CONTRAST = """() => {
     const parse = colour => colour.match(/[\\d.]+/g).map(Number);
