@@ -111,7 +111,7 @@ def train(options: argparse.Namespace) -> None:
     if report.fine_tuned:
         kept = sum(one.kept for one in report.fine_tuned)
         console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
-    for what, file in (("picture", "front.png"), ("models ", "models")):
+    for what, file in (("explore", "explorer.html"), ("picture", "front.png"), ("models ", "models")):
         console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
     print_warnings(console, [*report.unwritten, *(f"MLflow: {complaint}" for complaint in report.complaints)])
     if report.location:

@@ -5,8 +5,15 @@ from contextlib import contextmanager
 
 import pytest
 
-# Without the last three, it calls on its maker's servers by itself.
-ARGUMENTS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
+ARGUMENTS = [
+    "--no-sandbox",
+    # Otherwise it calls on its maker's servers by itself.
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    # A sandboxed frame stays sandboxed; a process of its own takes longer to start than a test.
+    "--disable-features=IsolateSandboxedIframes",
+]
 
 
 @contextmanager

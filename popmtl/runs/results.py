@@ -1,4 +1,4 @@
-"""The Pareto set on disk: front.json, front.csv, front.png and the members' weights."""
+"""The Pareto set on disk: front.json, front.csv, front.png, explorer.html and the members' weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
+from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front
 from popmtl.runs.picture import draw_front
@@ -22,7 +23,7 @@ from popmtl.runs.storage import said
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
-    """Writes front.json, front.csv and front.png into the run's pareto folder.
+    """Writes front.json, front.csv, front.png and explorer.html into the run's pareto folder.
 
     Raises:
         RunError: a file cannot be written.
@@ -33,8 +34,15 @@ def write_front(folder: RunFolder, front: Front) -> None:
     picture = io.BytesIO()
     draw_front(front, picture)
     write_result(folder, "pareto/front.png", picture.getvalue())
+    page = explorer_page(front, folder.name, hypervolumes(folder), Loading(folder.location))
+    write_result(folder, "pareto/explorer.html", page.encode())
     # Last: a reader takes the presence of front.json for the end of the run.
     write_result(folder, "pareto/front.json", front.to_json().encode())
+
+
+def hypervolumes(folder: RunFolder) -> list[tuple[int, float]]:
+    """The hypervolume on the validation split after so many steps, at each evaluation of a run."""
+    return [(line["step"], line["hypervolume"]) for line in folder.metrics()]
 
 
 def write_result(folder: RunFolder, name: str, content: bytes) -> None:

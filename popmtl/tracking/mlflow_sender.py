@@ -28,8 +28,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import popmtl
 from popmtl.errors import RequestError
+from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
-from popmtl.tracking.explorer import Loading, explorer_page
+from popmtl.runs.results import hypervolumes
 from popmtl.tracking.links import EXPLORER
 from popmtl.tracking.note import named_members, note, registered_name
 from popmtl.tracking.outbox import CURSOR, Entry, Sent
@@ -323,8 +324,7 @@ class Sender:
         models = {int(i): f"models:/{model_id}" for i, model_id in self._sent.models.items()}
         versions = {alias: f"models:/{name}/{number}" for alias, number in self._sent.versions.items()}
         loading = Loading(self._folder.location, models, versions.get("front"))
-        history = [(line["step"], line["hypervolume"]) for line in self._folder.metrics()]
-        page = explorer_page(front, self._folder.name, history, loading)
+        page = explorer_page(front, self._folder.name, hypervolumes(self._folder), loading)
         client = self._client()
         client.log_text(self._parent(), page, EXPLORER)
         client.set_tag(self._parent(), "mlflow.note.content", _cut(note(front, versions), TAG_LENGTH))

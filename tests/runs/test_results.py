@@ -92,7 +92,7 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
 def test_a_front_reads_back_as_written(folder):
     write_front(folder, FRONT)
     assert folder.front() == FRONT
-    assert sorted(os.listdir(folder.pareto)) == ["front.csv", "front.json", "front.png"]
+    assert sorted(os.listdir(folder.pareto)) == ["explorer.html", "front.csv", "front.json", "front.png"]
 
 
 def test_numpy_and_values_that_are_not_finite():

@@ -10,6 +10,8 @@ from popmtl.method.front import AUGMENTATION
 from popmtl.runs.files import to_json
 from popmtl.runs.front import Front
 
+# More points than the picture of the hypervolume is wide would only make the page large.
+POINTS = 400
 # Characters that could end the script element which holds the data, or a line of it.
 UNSAFE = "<\u2028\u2029"
 
@@ -37,7 +39,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     Args:
         front: the Pareto set.
         title: the page's heading.
-        history: steps, each with the hypervolume on the validation split.
+        history: steps, each with the hypervolume on the validation split; of many, evenly spaced ones are drawn.
         loading: what the code that the page shows refers to.
     """
     names = list(dict.fromkeys([*front.metrics, *(name for member in front.members for name in member.metrics)]))
@@ -63,7 +65,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
             }
             for member in front.members
         ],
-        "history": history,
+        "history": _thinned(history),
         "run": loading.run,
         "models": loading.models,
         "picker": loading.picker,
@@ -71,6 +73,12 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     text = to_json(data)
     for character in UNSAFE:
         text = text.replace(character, f"\\u{ord(character):04x}")
-    template = resources.files("popmtl.tracking").joinpath("explorer.html").read_text(encoding="utf-8")
+    template = resources.files("popmtl.runs").joinpath("explorer.html").read_text(encoding="utf-8")
     before, after = template.split("{{data}}")
     return before + text + after
+
+
+def _thinned(history: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+    """At most about so many points, the last among them."""
+    every = -(-len(history) // POINTS) or 1
+    return history[::-1][::every][::-1]

@@ -3,19 +3,17 @@
 import ast
 import math
 import re
-import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from browser import chromium
 
 from popmtl.method.front import AUGMENTATION, hypervolume, knee, non_dominated, normalized_front, pick
+from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.front import Front, Member
-from popmtl.tracking.explorer import Loading, explorer_page
-
-playwright = pytest.importorskip("playwright.sync_api", reason="the explorer's tests need playwright")
 
 NAN = math.nan
 LOADING = Loading("runs/my run", {i: f"models:/m-{i:032x}" for i in range(64)}, "models:/popmtl-digits@front")
@@ -82,22 +80,8 @@ def with_metrics(F):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        try:
-            started = driver.chromium.launch(
-                executable_path=shutil.which("chromium"),
-                args=[
-                    "--no-sandbox",
-                    "--disable-quic",
-                    "--disable-background-networking",
-                    # The frame stays sandboxed; a process of its own takes longer to start than a test.
-                    "--disable-features=IsolateSandboxedIframes",
-                ],
-            )
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium to start: {error.message.splitlines()[0]}")
-        yield started
-        started.close()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +115,7 @@ def site():
 def page(browser):
     """One page for all tests: to start one takes longer than most of them."""
     page = browser.new_page()
-    page.set_default_timeout(5000)
+    page.set_default_timeout(20_000)
     page.seen = []
     page.on("console", lambda message: page.seen.append(message.text))
     page.on("pageerror", lambda error: page.seen.append(str(error)))
@@ -162,7 +146,11 @@ def opened(page, site):
 def resize(frame, width):
     frame.page.set_viewport_size({"width": width, "height": 650})
     frame.wait_for_function(
-        "width => innerWidth === width && document.querySelector('#parallel svg').clientWidth > width - 80", arg=width
+        """width => {
+            const drawn = document.querySelector("#parallel svg").clientWidth;
+            return innerWidth === width && width - 80 < drawn && drawn <= width;
+        }""",
+        arg=width,
     )
 
 
