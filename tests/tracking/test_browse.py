@@ -21,7 +21,7 @@ from popmtl.tracking.mlflow_sink import MlflowSink
 from popmtl.tracking.views import FRONTS, MEMBERS
 
 NAMES = ["depth", "segmentation", "surface normals", "edges", "key points", "albedo", "shading"]
-SIZES = [(2, 8), (3, 16), (7, 64)]
+SIZES = [(2, 8), *(pytest.param(m, N, marks=pytest.mark.slow) for m, N in [(3, 16), (7, 64)])]
 # MLflow's page asks for the user of a server that has none.
 NOISE = "users/current"
 
@@ -162,8 +162,7 @@ def test_the_explorer_and_the_saved_views_show_any_front(page, server, tmp_path,
 
     page.goto(view_url(sink.location, MEMBERS))
     page.get_by_text("Trade-offs").wait_for(timeout=60_000)
-    charts = page.locator(".js-plotly-plot")
-    charts.nth(min(m, 3) * (min(m, 3) - 1) // 2).wait_for(timeout=60_000)  # the scatters', and one more
+    page.locator(".js-plotly-plot").first.wait_for(timeout=60_000)
     page.screenshot(path=tmp_path / "members.png")
     assert page.get_by_text("objective/depth vs. objective/segmentation").count() >= 1
     assert page.get_by_text(f"{N} matching runs").count() == 1
