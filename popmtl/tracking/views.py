@@ -19,6 +19,8 @@ PREFIX = "mlflow.sharedViewState."
 # Objectives whose pairs are drawn against each other; the parallel coordinates show all of them.
 PAIRED = 4
 RUNS_COMPARED = 100
+# Charts beside each other; three, MLflow's default, are too narrow to read beside its assistant.
+COLUMNS = 2
 
 
 def saved_views(objectives: Sequence[str], parent: str) -> dict[str, str]:
@@ -93,7 +95,7 @@ def _page(runs: str, order: str, columns: Sequence[str], *, ascending: bool) -> 
 
 
 def _charts(*sections: tuple[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    made = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    made = {"columns": COLUMNS, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
     cards = [
         {**card, "uuid": f"{i}-{k}", "metricSectionId": str(i), "deleted": False, "isGenerated": False}
         for i, (_, section) in enumerate(sections)
