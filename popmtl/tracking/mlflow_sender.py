@@ -240,14 +240,14 @@ class Sender:
         client.set_tag(run_id, "popmtl.stage", entry["stage"])
         if entry["lost"]:
             client.set_tag(run_id, "popmtl.lost", entry["lost"])
-        model_id = None
+        figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
+        points = [(key, value, step) for key, value in {**figures, **entry["metrics"]}.items()]
+        self._log(run_id, entry, points)
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:
                 client.log_artifact(run_id, str(path), "model")
-            model_id = self._log_member_model(run_id, entry)
-        figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
-        everything = {**figures, **entry["metrics"]}
-        self._log(run_id, entry, [(key, value, step) for key, value in everything.items()], model_id)
+            if model_id := self._log_member_model(run_id, entry):
+                self._log(run_id, entry, points, model_id)  # the model's too; the run's points it knows again
 
     @cached_property
     def _models(self) -> Models:

@@ -136,7 +136,7 @@ class MlflowSink:
             "parent": os.environ.get("MLFLOW_RUN_ID") or last.get("parent"),
             "artifacts": _artifacts(uri, folder),
             "run_name": folder.name,
-            "config_name": config_name or last.get("config_name") or folder.name,
+            "config_name": last.get("config_name") or config_name or folder.name,
             "objectives": list(objectives),
             "weights": np.asarray(weights, dtype=np.float64).tolist(),
             "params": {key: value for key, value in params.items() if key not in known},

@@ -190,6 +190,22 @@ def test_a_model_that_cannot_be_exported_is_logged_with_the_code_that_builds_it(
             np.testing.assert_allclose(loaded.predict(x), model.eval()(torch.tensor(x)).detach(), atol=1e-6)
 
 
+def test_a_model_that_cannot_be_logged_at_all_keeps_its_figures(logged, storage, monkeypatch):
+    folder, front = finished_folder(storage, "run-g", [TwoHeadsModel() for _ in range(3)])
+    monkeypatch.setattr(models.Models, "save_member", lambda *_: 1 / 0)
+    sink = MlflowSink.open(Settings(experiment="g"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_front(front, "front")
+    messages = sink.close("FINISHED", timeout=120)
+    assert [message.partition(":")[0] for message in messages] == [
+        "subproblem 0 at step 700",
+        "subproblem 1 at step 700",
+    ]
+    runs = logged.client.search_runs([sink.location.experiment_id], "metrics.`objective/left` < 1")
+    assert len(runs) == 3
+    parent = logged.client.get_run(sink.location.run_id)
+    assert "pareto/explorer.html" in artifacts(logged.client, parent, "pareto")
+
+
 def test_without_example_or_models(logged, storage):
     models = [TwoHeadsModel() for _ in range(3)]
     folder, front = finished_folder(storage, "run-d", models, example=False)

@@ -27,7 +27,10 @@ X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
 PREFERENCES = [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.3, 0.7], [5.0, 4.9]]
 
 
-@pytest.fixture(scope="module", params=[TwoHeadsModel, BranchingModel], ids=["exported", "with its code"])
+WITH_CODE = pytest.param(BranchingModel, marks=pytest.mark.slow, id="with its code")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(TwoHeadsModel, id="exported"), WITH_CODE])
 def front(request, tmp_path_factory):
     """A logged front of models that export, and of ones that do not."""
     storage = tmp_path_factory.mktemp("storage")

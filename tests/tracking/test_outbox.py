@@ -412,6 +412,25 @@ def test_an_entry_that_mlflow_always_fails_on_does_not_hold_up_the_others(tmp_pa
     assert events(assert_everything_once(uri, "poison", models=())) == ["recovering: x"]
 
 
+def test_curves_grow_however_long_the_run_is(tmp_path, database, monkeypatch):
+    """A point stands for a three hundredth of the run; who watches a long one does not wait for that."""
+    monkeypatch.setattr(mlflow_sink, "CURVE_SECONDS", 0.2)
+    uri = f"sqlite:///{database}"
+    sink = MlflowSink.open(Settings(uri), make_folder(tmp_path), CONFIG, OBJECTIVES, WEIGHTS, 10**6, "growing")
+    client, ends = MlflowClient(uri), []
+    for first in range(1, 60, 20):
+        time.sleep(0.25)
+        sink.log_training_losses(np.arange(first, first + 20), LOSSES[first - 1 : first + 19])
+        settle(sink)
+        (run,) = client.search_runs([sink.location.experiment_id], "tags.`popmtl.subproblem` = '1'")
+        ends.append(curve(client, run, "train/loss/left"))
+    means = [(first + 19, LOSSES[first - 1 : first + 19, 1, 0].mean()) for first in range(1, 60, 20)]
+    for seen, expected in zip(ends, (means[:1], means[:2], means), strict=True):
+        assert [step for step, _ in seen] == [step for step, _ in expected]
+        np.testing.assert_allclose([value for _, value in seen], [value for _, value in expected])
+    assert sink.close("FINISHED", timeout=60) == []
+
+
 def test_curves_count_each_step_once():
     curves = _Curves(3)
     losses = np.arange(1.0, 21.0).reshape(20, 1, 1)

@@ -60,6 +60,7 @@ def uri(database, tmp_path_factory):
         yield server.uri
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_lose_nothing_and_the_front_is_browsed_and_served_from_there(uri, tmp_path):
     torch.manual_seed(0)
     trained = [TwoHeadsModel().eval() for _ in range(3)]
