@@ -1,5 +1,6 @@
 """An exchange that only waits hides behind the forward and backward passes; without overlap its time is added."""
 
+import functools
 import time
 
 import numpy as np
@@ -77,6 +78,22 @@ def seconds_a_step(order, mix, factor=1.0, bucket_bytes=float("inf")):
     return least
 
 
+def on_a_machine_that_others_use_too(check):
+    """Measures again, some seconds later, what others may have disturbed; three times at most."""
+
+    @functools.wraps(check)
+    def patient():
+        for pause in (5, 15):
+            try:
+                return check()
+            except AssertionError:
+                time.sleep(pause)
+        return check()
+
+    return patient
+
+
+@on_a_machine_that_others_use_too
 def test_consensus_hides_an_exchange_that_is_shorter_than_the_passes():
     alone = seconds_a_step("consensus", deferred(slow_link), factor=0.0)
     assert alone > WAIT
@@ -84,6 +101,7 @@ def test_consensus_hides_an_exchange_that_is_shorter_than_the_passes():
     assert seconds_a_step("consensus", deferred(slow_link)) == pytest.approx(alone + WAIT, rel=0.1)
 
 
+@on_a_machine_that_others_use_too
 def test_adapt_then_combine_hides_what_the_backward_pass_has_finished():
     alone = seconds_a_step("adapt_then_combine", deferred(slow_link), factor=0.0)
     # The last layer's 18 columns go while the backward pass is still in front of the first layer's 72.
