@@ -2,6 +2,7 @@
 
 import functools
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -84,10 +85,9 @@ def on_a_machine_that_others_use_too(check):
     @functools.wraps(check)
     def patient():
         for pause in (5, 15):
-            try:
+            with suppress(AssertionError):
                 return check()
-            except AssertionError:
-                time.sleep(pause)
+            time.sleep(pause)
         return check()
 
     return patient
