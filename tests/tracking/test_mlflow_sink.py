@@ -197,8 +197,8 @@ def test_a_model_that_cannot_be_logged_at_all_keeps_its_figures(logged, storage,
     sink.log_front(front, "front")
     messages = sink.close("FINISHED", timeout=120)
     assert [message.partition(":")[0] for message in messages] == [
-        "subproblem 0 at step 700",
-        "subproblem 1 at step 700",
+        "subproblem 0",
+        "subproblem 1",
     ]
     runs = logged.client.search_runs([sink.location.experiment_id], "metrics.`objective/left` < 1")
     assert len(runs) == 3
