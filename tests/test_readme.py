@@ -42,7 +42,7 @@ def test_the_example_of_a_problem_is_short_and_trains(tmp_path):
     assert classify[-1] < classify[0]
     assert reconstruct[0] < reconstruct[-1]
 
-    lines = block("python", "load_model").strip().splitlines()
+    lines = block("python", "popmtl.runs.results import load_model").strip().splitlines()
     use = "\n".join([*lines, "import torch", "print(model['encoder'](torch.zeros(1, 64)).shape, model.training)"])
     done = subprocess.run([sys.executable, "-c", use], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "torch.Size([1, 8]) False", done.stderr
