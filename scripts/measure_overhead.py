@@ -1,4 +1,4 @@
-"""What checkpoints, or tracking in MLflow, cost: stretches of 100 steps with and without, side by side in one run.
+"""What checkpoints, or tracking in MLflow, cost: stretches of steps with and without, side by side in one run.
 
     python scripts/measure_overhead.py checkpoints [CONFIG] [key.path=value …] [--pairs 12]
     python scripts/measure_overhead.py tracking [CONFIG] [key.path=value …] [--pairs 12]
@@ -38,7 +38,8 @@ from popmtl.distributed.plan import make_plan
 from popmtl.runs.folder import RunFolder
 from popmtl.tracking.outbox import JOURNAL
 
-STRETCH = 100
+STRETCHES = {"checkpoints": 100, "tracking": 500}
+"""Steps of a stretch."""
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "multidigits.yaml"
 
 
@@ -59,15 +60,17 @@ def processor_seconds() -> float:
 class Timed(Coordinator):
     """A coordinator that writes down when each stretch ends."""
 
+    stretch = STRETCHES["checkpoints"]
+
     def _until_checkpoint(self, step: int, longest: int) -> int:
-        return min(longest, STRETCH - step % STRETCH)
+        return min(longest, self.stretch - step % self.stretch)
 
     def _checkpoint_due(self, step: int) -> bool:
-        if step % STRETCH:
+        if step % self.stretch:
             return False
         record = {"step": step, "time": time.monotonic(), "processor": processor_seconds()}
         self.folder.append("stretches.jsonl", record)
-        return self.checkpoints(step // STRETCH)
+        return self.checkpoints(step // self.stretch)
 
     def checkpoints(self, stretch: int) -> bool:
         """Whether a stretch begins with a checkpoint."""
@@ -77,6 +80,7 @@ class Timed(Coordinator):
 class Tracked(Timed):
     """Has a sink in every other stretch."""
 
+    stretch = STRETCHES["tracking"]
     real: Any = None
 
     def checkpoints(self, stretch: int) -> bool:
@@ -107,11 +111,12 @@ def main() -> None:
     options = parser.parse_args()
     if "=" in options.config:
         options.config, options.overrides = str(CONFIG), [options.config, *options.overrides]
-    steps = STRETCH * (2 * options.pairs + 4)
+    stretch = STRETCHES[options.what]
+    steps = stretch * (2 * options.pairs + 4)
     own = ["problem.model=lenet"] if options.config == str(CONFIG) else []
     tracked = options.what == "tracking"
     fixed = [f"train.steps={steps}", "fine_tune.steps=0", f"tracking.enabled={str(tracked).lower()}"]
-    fixed += [f"train.evaluate_every={STRETCH // 2 if tracked else steps}", "tracking.models=none"]
+    fixed += [f"train.evaluate_every={stretch // 2 if tracked else steps}", "tracking.models=none"]
     config = load_config(options.config, [*own, *options.overrides, *fixed])
     plan = make_plan(config, local_resources())
     load: list[float] = []
@@ -128,7 +133,7 @@ def main() -> None:
     worked = [a / b for a, b in pairs_of([record["processor"] for record in records])]
     ratios = [with_one / without for with_one, without in pairs]
     for (with_one, without), ratio in zip(pairs, ratios, strict=True):
-        print(f"{STRETCH} steps: {with_one:.3f} s with, {without:.3f} s without: {ratio:.3f}")
+        print(f"{stretch} steps: {with_one:.3f} s with, {without:.3f} s without: {ratio:.3f}")
     low, _, high = quantiles(ratios, n=4)
     least, _, most = quantiles(worked, n=4)
     ms = [1e3 * (with_one - without) for with_one, without in pairs]
