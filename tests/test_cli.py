@@ -445,6 +445,7 @@ def test_ctrl_c_ends_a_run_at_once_and_leaves_nothing_behind(shell):
     assert [r.info.status for r in (parent, *members)] == ["KILLED"] * 5
 
 
+@pytest.mark.slow
 def test_a_problem_that_turns_nan_fails_the_run_and_is_named(shell):
     process = shell.start(problem="user_problems:NanLater", train={"steps": 50}, tracking={"enabled": False})
     _, err = process.communicate(timeout=120)

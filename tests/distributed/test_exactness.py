@@ -51,6 +51,7 @@ def test_a_distributed_run_equals_the_reference(run, actors, transport, order):
     assert [record["step"] for record in folder.metrics()] == [0, 20, 40, 50]
 
 
+@pytest.mark.slow
 def test_the_reference_is_not_independent_training(run):
     """The comparison above would be empty if transfer did nothing."""
     plan, folder, _ = run(config(2, transfer={"strength": 0.0}))

@@ -210,6 +210,7 @@ def test_more_columns_than_are_held_at_a_time():
     assert update.count_nonzero() == 2
 
 
+@pytest.mark.slow
 def test_reaches_the_optimum_of_the_paper_from_its_five_starts_where_the_plain_sum_fails_from_two():
     """The paper's protocol: Adam, 1e-3, 35,000 steps, float32; stopped once the five have arrived."""
     problem, optimum, value = AlignedToy(), torch.tensor([0, -8.3551]), -15.0916
