@@ -383,7 +383,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
         shown = [f"{x:.4g}" for x in member["objectives"]]
         assert any(all(figure in line for figure in shown) for line in out.splitlines()), out
     assert "Pareto front" in out
-    assert f"popmtl ui {run.path}" in out
+    assert f"popmtl ui {run.path}\n" in out
 
     client, (parent, *members) = runs_in_mlflow(shell.folder / "runs")
     assert [r.info.status for r in (parent, *members)] == ["FINISHED"] * 5

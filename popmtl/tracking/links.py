@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from popmtl.tracking.views import MEMBERS
 
@@ -71,4 +74,8 @@ def links(location: Location, base: str | None = None) -> list[str]:
 
 def where_to_look(location: Location, run: str) -> list[str]:
     """What to do to see a run: the links, or the command that serves them."""
-    return links(location) if is_served(location.uri) else [f"MLflow  popmtl ui {shlex.quote(run)}"]
+    if is_served(location.uri):
+        return links(location)
+    # Not everyone activates the environment that PopMTL is installed in.
+    program = "popmtl" if shutil.which("popmtl") else shlex.quote(str(Path(sys.executable).with_name("popmtl")))
+    return [f"MLflow  {program} ui {shlex.quote(run)}"]

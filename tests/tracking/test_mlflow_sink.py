@@ -1,5 +1,7 @@
 """The MLflow sink against real SQLite stores."""
 
+import shutil
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,7 +262,7 @@ def test_close_waits_no_longer_than_told(logged, storage, monkeypatch):
     sink._thread.join(60)  # it writes to a database that other tests use
 
 
-def test_links():
+def test_links(monkeypatch):
     page = "#/experiments/1/runs"
     served = Location("https://mlflow.example/", "1", "abc")
     assert where_to_look(served, "runs/my run") == [
@@ -270,7 +272,10 @@ def test_links():
         f"run       https://mlflow.example/{page}/abc?workflowType=machine_learning",
     ]
     local = Location("sqlite:////data/my runs/mlflow.db", "1", "abc")
+    monkeypatch.setattr(shutil, "which", {"popmtl": "/somewhere/popmtl"}.get)
     assert where_to_look(local, "runs/my run") == ["MLflow  popmtl ui 'runs/my run'"]
+    monkeypatch.setattr(shutil, "which", {}.get)
+    assert where_to_look(local, "runs/one") == [f"MLflow  {Path(sys.executable).parent}/popmtl ui runs/one"]
     assert (
         links(local, "http://127.0.0.1:7")[2]
         == f"run       http://127.0.0.1:7/{page}/abc?workflowType=machine_learning"
