@@ -5,8 +5,9 @@
 
 Trains MTGD on the config (configs/multidigits.yaml with its LeNet), on a Ray that it starts, with a checkpoint at the
 start of every other stretch: the copying of the rows, the writing beside the steps, and the commit are all in it. Or
-tells MLflow (SQLite, or what tracking.uri names) of the losses of every other stretch, about every five seconds as all
-runs do, and of an evaluation in the middle of it. A stretch is timed from its first step to the moment before the next.
+tells MLflow (SQLite, or what tracking.uri names) of the losses of every other stretch, every five seconds as a run of
+half an hour or more does, and of an evaluation in the middle of it. A stretch is timed from its first step to the
+moment before the next.
 
 Neighbours are compared, so that a machine that others use too slows both; the stretches with and without take turns at
 coming first. Prints the ratio of each pair, their median and quartiles, and the load of the machine; and the same of
@@ -36,6 +37,7 @@ from popmtl.distributed.coordinator import Coordinator
 from popmtl.distributed.placement import local_resources
 from popmtl.distributed.plan import make_plan
 from popmtl.runs.folder import RunFolder
+from popmtl.tracking.mlflow_sink import _Curves
 from popmtl.tracking.outbox import JOURNAL
 
 STRETCHES = {"checkpoints": 100, "tracking": 500}
@@ -85,7 +87,9 @@ class Tracked(Timed):
 
     def checkpoints(self, stretch: int) -> bool:
         """None does; but the sink comes and goes."""
-        self.real = self.real or self.sink
+        if self.real is None and self.sink:
+            self.real = self.sink
+            self.real._curves = _Curves(10**9)  # whose shares of the steps take longer than five seconds
         self.sink = self.real if has_it(stretch) else None
         return False
 

@@ -47,11 +47,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Models = Literal["front", "all", "none"]
 
 SQLITE = "sqlite:///"
-# Points of a curve of training losses; each is the mean over its share of the run's steps.
-CURVE_POINTS = 300
-# Seconds between two entries of losses: fewer would slow the steps, more keep who watches waiting. What a longer share
-# of the steps has come to by then is a point of its own.
-CURVE_SECONDS = 5.0
+# Points of a curve of training losses; each is the mean over its share of the run's steps, or over the steps of so many
+# seconds where that takes longer: whoever watches sees the curve grow.
+CURVE_POINTS, CURVE_SECONDS = 300, 5.0
 # Seconds between two tries while MLflow is away: doubled from the first to the last; at a run's end, the second.
 FIRST_PAUSE, CLOSING_PAUSE, LAST_PAUSE = 1.0, 2.0, 15.0
 # An entry that fails so often, while MLflow answers other requests, is itself what is wrong.
@@ -87,7 +85,6 @@ class MlflowSink:
         self._outbox = Outbox(folder, journal, [self.uri, opening["experiment"], opening["parent"]])
         logged = max((entry["steps"][-1] for entry in journal if entry["kind"] == "training losses"), default=0)
         self._curves = _Curves(max(1, math.ceil(steps / CURVE_POINTS)), logged)
-        self._held: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []
         self._events = [entry["what"] for entry in journal if entry["kind"] == "event"]
         self._messages: dict[str, None] = {}
         self._closing, self._abandoned = threading.Event(), threading.Event()
@@ -185,9 +182,10 @@ class MlflowSink:
             steps: the steps' numbers, from 1, shape (T,), ascending.
             losses: minibatch losses, shape (T, N, m).
         """
-        self._held.append(self._curves.add(np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64)))
-        if time.monotonic() - self._drawn >= CURVE_SECONDS:
-            self._add_points()
+        points = self._curves.add(np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64))
+        if not len(points[0]) and time.monotonic() - self._drawn >= CURVE_SECONDS:
+            points = self._curves.rest()
+        self._add_points(points)
 
     def log_member_figures(self, step: int, figures: Mapping[str, Sequence[float | None]]) -> None:
         """Logs further figures of each member, by name, N values each; None is left out."""
@@ -231,8 +229,7 @@ class MlflowSink:
         Returns:
             What went wrong since `open`, one message each; empty when all has been logged.
         """
-        self._held.append(self._curves.rest())
-        self._add_points()
+        self._add_points(self._curves.rest())
         self._outbox.add("closing", {"status": status})
         return self._finish(timeout)
 
@@ -253,12 +250,10 @@ class MlflowSink:
             ] = None
         return list(self._messages)
 
-    def _add_points(self) -> None:
-        """Adds the points that were held back; if there are none, one of the steps that make no whole point yet."""
-        held = [points for points in self._held if len(points[0])] or [self._curves.rest()]
-        self._held, self._drawn = [], time.monotonic()
-        steps, losses = held[0] if len(held) == 1 else tuple(np.concatenate(part) for part in zip(*held, strict=True))
+    def _add_points(self, points: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
+        steps, losses = points
         if len(steps):
+            self._drawn = time.monotonic()
             self._outbox.add("training losses", {"steps": steps, "losses": losses})
 
     def _remember(self, what: str, error: str) -> None:

@@ -36,7 +36,6 @@ class Settings:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setattr(mlflow_sink, "CURVE_SECONDS", 0.0)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -430,22 +429,6 @@ def test_curves_grow_however_long_the_run_is(tmp_path, database, monkeypatch):
         assert [step for step, _ in seen] == [step for step, _ in expected]
         np.testing.assert_allclose([value for _, value in seen], [value for _, value in expected])
     assert sink.close("FINISHED", timeout=60) == []
-
-
-def test_losses_are_sent_together_every_few_seconds(tmp_path, database, monkeypatch):
-    monkeypatch.setattr(mlflow_sink, "CURVE_SECONDS", 0.5)
-    folder = make_folder(tmp_path)
-    sink = open_sink(folder, f"sqlite:///{database}", "together")
-    start = time.monotonic()
-    for step in range(1, STEPS + 1):
-        sink.log_training_losses([step], LOSSES[step - 1 : step])
-        time.sleep(0.02)
-    seconds = time.monotonic() - start
-    assert sink.close("FINISHED", timeout=60) == []
-    entries = [entry for entry in folder.lines(JOURNAL) if entry["kind"] == "training losses"]
-    assert 2 <= len(entries) <= seconds / 0.5 + 1
-    assert [step for entry in entries for step in entry["steps"]] == list(range(1, STEPS + 1))
-    np.testing.assert_array_equal(np.concatenate([entry["losses"] for entry in entries]), LOSSES)
 
 
 def test_curves_count_each_step_once():
