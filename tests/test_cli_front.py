@@ -233,7 +233,7 @@ def test_the_code_on_the_card_gives_the_models_outputs_in_a_fresh_process(run, e
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    inputs, outputs = torch.load(tmp_path / "outputs.pt")
+    inputs, outputs = torch.load(tmp_path / "outputs.pt", weights_only=True)
     model = load_model(run.path, 2)
     for which in ("program", "model"):
         for x, y in zip(inputs, outputs[which], strict=True):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from popmtl.tracking.views import MEMBERS
 
-HOST, PORT = "127.0.0.1", 5000
 EXPLORER = "pareto/explorer.html"
 """The page to choose a member by, among the artifacts of the population's run."""
 HOME = "/#/experiments?workflowType=machine_learning"
@@ -42,7 +41,7 @@ def run_url(location: Location, base: str | None = None) -> str:
 
     Args:
         location: of the run.
-        base: where a server of the database answers; None takes the tracking URI, or where `popmtl ui` will be.
+        base: where a server of the database answers; None takes the tracking URI, which is a server's then.
     """
     return _page(location, f"runs/{location.run_id}", base)
 
@@ -58,7 +57,7 @@ def view_url(location: Location, view: str, base: str | None = None) -> str:
 
 
 def _page(location: Location, page: str, base: str | None) -> str:
-    base = base or (location.uri.rstrip("/") if is_served(location.uri) else f"http://{HOST}:{PORT}")
+    base = base or location.uri.rstrip("/")
     # Without the workflow type MLflow opens its pages for language-model traces.
     return f"{base}/#/experiments/{location.experiment_id}/{page}?workflowType=machine_learning"
 

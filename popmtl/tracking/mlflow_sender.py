@@ -12,6 +12,7 @@ import fcntl
 import logging
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Sender:
         self._uri: str = opening["uri"]
         self._objectives: list[str] = opening["objectives"]
         self._diverged: set[str] = set()
+        self._points: defaultdict[str, list[Metric]] = defaultdict(list)
         self._kinds: Mapping[str, Callable[[Entry], None]] = {
             "opening": self._open,
             "file": lambda entry: self._log_file(entry["name"]),
@@ -116,15 +118,21 @@ class Sender:
             "closing": self._close,
         }
 
-    def send(self, entry: Entry) -> Failure | None:
-        """Sends an entry; what went wrong, in which case part of it may have been sent."""
+    def send(self, entries: Sequence[Entry]) -> Failure | None:
+        """Sends entries, in order; what went wrong, in which case part of them may have been sent.
+
+        Points of curves wait for the last entry: however many there are, each run gets them in one call.
+        """
+        self._points.clear()
         try:
-            self._kinds[entry["kind"]](entry)
+            for entry in entries:
+                self._kinds[entry["kind"]](entry)
+            self._send_points()
         except (MlflowException, SQLAlchemyError, OSError, RequestError) as error:
             return Failure(str(error), _may_pass(error))
         except Exception as error:
             # A mistake of ours or of the user's model. It must not end the thread, on which all later entries hang.
-            logger.exception("MLflow, %s", entry["kind"])
+            logger.exception("MLflow, %s", entries[-1]["kind"])
             return Failure(repr(error), may_pass=False)
         return None
 
@@ -201,7 +209,7 @@ class Sender:
     def _log_evaluation(self, entry: Entry) -> None:
         step = entry["step"]
         figures = [("hypervolume", entry["hypervolume"], step), ("front/size", entry["front_size"], step)]
-        self._log(self._parent(), entry, figures)
+        self._collect(self._parent(), entry, figures)
         self._log_losses("val/loss", entry, [step], [entry["losses"]])
 
     def _log_losses(
@@ -214,12 +222,12 @@ class Sender:
                 for t, step in enumerate(steps)
                 for k, name in enumerate(self._objectives)
             ]
-            self._log(run_id, entry, figures)
+            self._collect(run_id, entry, figures)
 
     def _log_member_figures(self, entry: Entry) -> None:
         for i, run_id in self._members():
             values = [(name, of_members[i], entry["step"]) for name, of_members in entry["figures"].items()]
-            self._log(run_id, entry, [figure for figure in values if figure[1] is not None])
+            self._collect(run_id, entry, [figure for figure in values if figure[1] is not None])
 
     def _log_event(self, entry: Entry) -> None:
         when = datetime.fromtimestamp(entry["time"] / 1000, timezone.utc).isoformat(timespec="seconds")
@@ -393,18 +401,33 @@ class Sender:
     def _log(
         self, run_id: str, entry: Entry, figures: Sequence[tuple[str, float | None, int]], model_id: str | None = None
     ) -> None:
-        """(name, value, step) each. What is not finite is left out, as it ruins MLflow's axes, and the run tagged."""
+        """(name, value, step) each, sent now."""
+        self._collect(run_id, entry, figures, model_id)
+        self._send_points()
+
+    def _collect(
+        self, run_id: str, entry: Entry, figures: Sequence[tuple[str, float | None, int]], model_id: str | None = None
+    ) -> None:
+        """(name, value, step) each, sent with those of other entries, as they may be many.
+
+        What is not finite is left out, as it ruins MLflow's axes, and the run tagged.
+        """
         metrics = [
             Metric(name, float(value), entry["time"], step, model_id=model_id)
             for name, value, step in figures
             if value is not None and math.isfinite(value)
         ]
-        client = self._client()
-        for chunk in _chunks(metrics, METRICS_A_CALL):
-            client.log_batch(run_id, metrics=chunk)
+        self._points[run_id] += metrics
         if len(metrics) < len(figures) and run_id not in self._diverged:
-            client.set_tag(run_id, "popmtl.diverged", "true")
+            self._client().set_tag(run_id, "popmtl.diverged", "true")
             self._diverged.add(run_id)
+
+    def _send_points(self) -> None:
+        client = self._client()
+        while self._points:
+            run_id, metrics = self._points.popitem()
+            for chunk in _chunks(metrics, METRICS_A_CALL):
+                client.log_batch(run_id, metrics=chunk)
 
     def _log_file(self, name: str, place: str | None = None) -> None:
         with self._folder.fetched(name) as path:

@@ -62,15 +62,8 @@ class Models:
             MlflowException: MLflow does not take the model.
             RequestError: the member's weights are not there, or fit the problem's model no more.
         """
-        model = self._model(subproblem)
-        if self.why_no_program is None:
-            try:
-                self._save_program(model, path, description)
-            except (MlflowException, *TRACING_ERRORS) as error:
-                self.why_no_program = str(error).strip().split("\n")[0]
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                return
+        if self._save_program(self._model(subproblem), path, description):
+            return
         front = self._folder.front()
         alone = replace(front, members=[member for member in front.members if member.subproblem == subproblem])
         self._save_set(alone, [subproblem], path, description)
@@ -87,21 +80,31 @@ class Models:
     def _model(self, subproblem: int) -> nn.Module:
         return load_model(self._folder.location, subproblem).cpu().eval()
 
-    def _save_program(self, model: nn.Module, path: Path, description: Model) -> None:
+    def _save_program(self, model: nn.Module, path: Path, description: Model) -> bool:
+        """Writes a model as an exported program, if it can be one; whether it is."""
         assert self.example is not None
-        with torch.no_grad():
-            outputs = model(self.example)
-        mlflow.pytorch.save_model(
-            model,
-            str(path),
-            mlflow_model=description,
+        if self.why_no_program is not None:
+            return False
+        try:
+            with torch.no_grad():
+                outputs = model(self.example)
             # MLflow's own wrapper predicts with models of one output only, and has no schema for others.
-            signature=infer_signature(self.example.numpy(), outputs.numpy() if isinstance(outputs, Tensor) else None),
-            input_example=self.example.numpy(),
-            # Otherwise MLflow starts a process to find them, which takes seconds.
-            pip_requirements=_requirements("mlflow", "torch", "numpy"),
-            serialization_format="pt2",
-        )
+            predicted = outputs.numpy() if isinstance(outputs, Tensor) else None
+            mlflow.pytorch.save_model(
+                model,
+                str(path),
+                mlflow_model=description,
+                signature=infer_signature(self.example.numpy(), predicted),
+                input_example=self.example.numpy(),
+                # Otherwise MLflow starts a process to find them, which takes seconds.
+                pip_requirements=_requirements("mlflow", "torch", "numpy"),
+                serialization_format="pt2",
+            )
+        except (MlflowException, *TRACING_ERRORS) as error:
+            self.why_no_program = str(error).strip().split("\n")[0]
+            shutil.rmtree(path, ignore_errors=True)
+            return False
+        return True
 
     def _save_set(self, front: Front, subproblems: Sequence[int], path: Path, description: Model) -> None:
         assert self.example is not None
@@ -139,9 +142,8 @@ class Models:
 
     def _write_program(self, subproblems: Sequence[int], path: Path) -> bool:
         """Writes the program that computes any of these members once it is given its weights; whether there is one."""
-        if self.why_no_program is not None:
+        if not self._save_program(self._model(subproblems[0]), path, Model()):
             return False
-        self._save_program(self._model(subproblems[0]), path, Model())
         program = mlflow.pytorch.load_model(str(path))
         for subproblem in subproblems:
             model = self._model(subproblem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from popmtl.method.front import knee
+from popmtl.runs.choice import knee_of
 from popmtl.runs.front import Front
 from popmtl.tracking.outbox import Entry
 
@@ -20,10 +20,11 @@ def named_members(front: Front) -> dict[str, int]:
 
     Each alias as MLflow allows it. Empty where all objective values are not finite.
     """
-    best = [member for member in front.members if member.non_dominated]
-    if not best:
+    middle = knee_of(front)
+    if middle is None:
         return {}
-    named = {"knee": best[knee([member.objectives for member in best])].subproblem}
+    named = {"knee": middle.subproblem}
+    best = [member for member in front.members if member.non_dominated]
     for k, name in enumerate(front.objectives):
         alias = re.sub(r"[^A-Za-z0-9_-]+", "-", f"best-{name}")
         named.setdefault(alias, min(best, key=lambda member: member.objectives[k]).subproblem)

@@ -8,11 +8,12 @@ An entry may be sent twice, as the cursor lags behind what was sent: sending it 
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,12 +93,22 @@ class Outbox:
             self._folder.append(JOURNAL, entry)
             self._changed.notify()
 
-    def next(self, timeout: float) -> Entry | None:
-        """The entry to send now, waiting for one at most so many seconds; it stays until `done`."""
+    def next(self, timeout: float, together: Collection[str] = ()) -> list[Entry]:
+        """The entries to send now, waiting for one at most so many seconds; they stay until they are `done`.
+
+        Args:
+            timeout: seconds.
+            together: kinds of entries that are sent together: all that follow each other.
+
+        Returns:
+            One entry, or several of the kinds that are sent together; none after the time-out.
+        """
         with self._changed:
             if not self._waiting:
                 self._changed.wait(timeout)
-            return self._waiting[0][1] if self._waiting else None
+            entries = [entry for _, entry in self._waiting]
+        many = list(itertools.takewhile(lambda entry: entry["kind"] in together, entries))
+        return many or entries[:1]
 
     def done(self, *, refused: bool = False) -> None:
         """The next entry is in MLflow, or `refused` by it."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from popmtl.errors import RequestError, RunError
-from popmtl.tracking.links import HOST
 
+HOST = "127.0.0.1"
 START_SECONDS, STOP_SECONDS, POLL_SECONDS = 90.0, 10.0, 0.2
 
 

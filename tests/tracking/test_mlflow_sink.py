@@ -34,8 +34,10 @@ def storage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def logged(storage, environment):
+def logged(storage, environment, tmp_path_factory):
     """A whole run, logged once for all tests that only look."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    environment.chdir(cwd)
     torch.manual_seed(0)
     models = [TwoHeadsModel() for _ in range(3)]
     for model in models:
@@ -59,7 +61,14 @@ def logged(storage, environment):
         order_by=["attributes.run_name"],
     )
     return SimpleNamespace(
-        sink=sink, client=client, folder=folder, models=models, parent=parent, children=children, losses=losses
+        cwd=cwd,
+        sink=sink,
+        client=client,
+        folder=folder,
+        models=models,
+        parent=parent,
+        children=children,
+        losses=losses,
     )
 
 
@@ -157,6 +166,7 @@ def test_global_state_is_left_alone(logged):
 
     assert not mlflow.is_tracking_uri_set()
     assert mlflow.active_run() is None
+    assert not list(logged.cwd.iterdir())
 
 
 def test_given_run_and_experiment_and_failure(logged, storage, environment):

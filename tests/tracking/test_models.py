@@ -11,17 +11,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fresh_process
+import mlflow
 import numpy as np
 import pytest
 import torch
 from finished_runs import OBJECTIVES, STEPS, WEIGHTS, Settings, finished_folder
 from mlflow import MlflowClient
+from mlflow.models import Model
 from mlflow_server import free_port
 from tracked_problems import BranchingModel, TwoHeadsModel
 
 from popmtl.method.front import pick
 from popmtl.tracking.mlflow_sink import MlflowSink
-from popmtl.tracking.models import code_of
+from popmtl.tracking.models import Models, code_of
 
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
 PREFERENCES = [[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.3, 0.7], [5.0, 4.9]]
@@ -162,6 +164,18 @@ def test_search_finds_the_members_by_their_objectives(front):
     assert names("metrics.`objective/left` < 0.55 AND metrics.`objective/right digit` < 0.6") == ["member-001"]
     assert names("metrics.`objective/left` < 1") == ["member-000", "member-001", "member-002"]
     assert names("metrics.`objective/left` < 0.1") == []
+
+
+def test_a_set_is_saved_by_who_has_saved_no_member(tmp_path):
+    """As `popmtl track` does for a run that was killed between its members and the model that chooses."""
+    trained = [BranchingModel().eval() for _ in range(3)]
+    folder, _ = finished_folder(tmp_path, "run", trained, branching=True)
+    models = Models(folder)
+    models.save_set([0, 2], tmp_path / "set", Model())
+    assert models.why_no_program
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "set"))
+    got = loaded.predict(X.numpy(), params={"member": "2"})
+    np.testing.assert_allclose(got, trained[2](X).detach(), atol=1e-6)
 
 
 def test_the_code_of_a_problem(tmp_path, monkeypatch):
