@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,6 +19,8 @@ from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
 
 if TYPE_CHECKING:  # they import Ray and torch
+    from ray.job_submission import JobDetails
+
     from popmtl.distributed.plan import RunPlan
     from popmtl.distributed.progress import Progress
 
@@ -202,6 +205,24 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
         last: dict[str, Any] = next(reversed(folder.metrics()), {})
         figure = last.get("hypervolume")
         table.add_row(folder.name, state, str(last.get("step", "")), f"{figure:.5g}" if figure else "")
+    console.print(table)
+
+
+def print_jobs(console: Console, jobs: Sequence[JobDetails]) -> None:
+    """One row a job of a cluster: how it stands, since when, and for how long."""
+    table = _table()
+    for name in ("job", "state", "started", "took", "exit code"):
+        table.add_column(name, justify="left" if name in ("job", "state") else "right")
+    for job in jobs:
+        start = (job.start_time or 0) / 1000
+        seconds = round((job.end_time / 1000 if job.end_time else time.time()) - start)
+        table.add_row(
+            str(job.submission_id),
+            job.status.value.lower(),
+            f"{datetime.fromtimestamp(start):%Y-%m-%d %H:%M:%S}" if start else "",
+            str(timedelta(seconds=seconds)) if start else "",
+            "" if job.driver_exit_code is None else str(job.driver_exit_code),
+        )
     console.print(table)
 
 

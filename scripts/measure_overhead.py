@@ -64,6 +64,7 @@ class Timed(Coordinator):
     """A coordinator that writes down when each stretch ends."""
 
     stretch = STRETCHES["checkpoints"]
+    sent_seconds = 0.0
 
     def _until_checkpoint(self, step: int, longest: int) -> int:
         return min(longest, self.stretch - step % self.stretch)
@@ -71,7 +72,7 @@ class Timed(Coordinator):
     def _checkpoint_due(self, step: int) -> bool:
         if step % self.stretch:
             return False
-        record = {"step": step, "time": time.monotonic(), "processor": processor_seconds()}
+        record = {"step": step, "time": time.monotonic(), "processor": processor_seconds(), "sink": self.sent_seconds}
         self.folder.append("stretches.jsonl", record)
         return self.checkpoints(step // self.stretch)
 
@@ -85,6 +86,7 @@ class Tracked(Timed):
 
     stretch = STRETCHES["tracking"]
     real: Any = None
+    sent_seconds = 0.0
 
     def checkpoints(self, stretch: int) -> bool:
         """None does; but the sink comes and goes."""
@@ -97,6 +99,7 @@ class Tracked(Timed):
         return False
 
     def _next(self, timeout: float, together: Collection[str] = ()) -> list[Entry]:
+        self.sent_seconds = time.thread_time()  # it is the sink's thread that asks
         if self.sink is None:
             time.sleep(min(timeout, 0.5))
             return []
@@ -158,6 +161,10 @@ def main() -> None:
         f"{median(ms):.0f} ms more a stretch (median); load of the machine {min(load):.1f} to {max(load):.1f} "
         f"on {os.cpu_count()} cores; target ≤ {1.02 if tracked else 1.05}"
     )
+    if tracked:
+        first, last = records[2], records[-2]
+        seconds, sent = last["time"] - first["time"], last["sink"] - first["sink"]
+        print(f"the thread that sends took {2 * sent / seconds:.2%} of one processor while there was anything to send")
     if options.json:
         result: dict[str, Any] = {
             "pairs": pairs,
