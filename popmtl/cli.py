@@ -57,7 +57,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.config import load_config, resumed_config
     from popmtl.display import ProgressLine, print_front, print_plan, print_warnings
     from popmtl.distributed import driver
-    from popmtl.distributed.placement import local_resources
+    from popmtl.distributed.placement import local_nodes
     from popmtl.distributed.plan import make_plan
     from popmtl.distributed.resumption import find_checkpoint
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
@@ -82,8 +82,8 @@ def train(options: argparse.Namespace) -> None:
     console = _console()
     with ExitStack() as session:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
-        resources = session.enter_context(driver.cluster(options.address)) if options.address else local_resources()
-        plan = make_plan(config, resources)
+        nodes = session.enter_context(driver.cluster(options.address)) if options.address else local_nodes()
+        plan = make_plan(config, nodes)
         if options.dry_run:
             print_plan(console, plan)
             return
@@ -107,7 +107,7 @@ def train(options: argparse.Namespace) -> None:
             console.print(f"transport {plan.transport.name}: {plan.transport.why}", highlight=False, soft_wrap=True)
         print_warnings(console, plan.warnings)
         if not options.address:
-            session.enter_context(driver.cluster(None, int(resources["CPU"])))
+            session.enter_context(driver.cluster(None, int(nodes[0]["CPU"])))
         with ProgressLine(console) as line:
             report = driver.run(plan, folder.location, name, line.show, resumes=bool(options.resume))
     print_front(console, report.front)
@@ -156,7 +156,8 @@ def submit(options: argparse.Namespace) -> int:
         what = f"--resume {run}" if options.resume else f"storage {run}"
         raise RequestError(f"{what}: on a cluster give a path that all its machines share, from the root, or a URL")
     jobs = Jobs(options.address)
-    job = jobs.submit(name, [*shipped, *options.overrides, *where], working_dir)
+    dry = ["--dry-run"] if options.dry_run else []
+    job = jobs.submit(f"{name}-dry-run" if dry else name, [*shipped, *options.overrides, *where, *dry], working_dir)
     later = f"popmtl status {job} --address {jobs.address}\npopmtl stop {job} --address {jobs.address}"
     if options.detach:
         print(f"job {job} was submitted\n{later}")
@@ -475,6 +476,7 @@ def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file in the working directory")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")
     command.add_argument("--detach", action="store_true", help="do not follow the run")
+    command.add_argument("--dry-run", action="store_true", help="check everything there, print the plan, train nothing")
     command.add_argument(
         "--working-dir", default=".", metavar="DIR", help="what is shipped, but for what .gitignore names; default: ."
     )

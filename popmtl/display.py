@@ -67,6 +67,8 @@ class ProgressLine:
 def progress_text(progress: Progress) -> str:
     """One line: stage, step, losses, hypervolume, speed and time left, as far as they are known."""
     parts = [f"{progress.stage} {progress.step}/{progress.steps}" if progress.steps else progress.stage]
+    if progress.awaits:
+        parts.append(progress.awaits)
     if progress.losses:
         parts.append(f"loss {progress.losses[0]:.4g} to {progress.losses[1]:.4g}")
     if progress.hypervolume is not None:
@@ -94,7 +96,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("transport", f"{plan.transport.name}: {plan.transport.why}" if plan.transfers else "none: nothing transfers"),
         ("overlap", plan.transport.overlap if plan.transfers else "none: nothing transfers"),
         ("parameters", f"{plan.parameters:,} a model, {plan.transferring:,} of them transfer, {dtype}"),
-        ("sent per step", _bytes(plan.bytes_sent_per_step())),
+        ("sent per step", _sent(plan)),
         ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
     ]
     if plan.aligned and plan.aligned.variant == "exact":
@@ -232,6 +234,11 @@ def _table() -> Table:
 
 def _share(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def _sent(plan: RunPlan) -> str:
+    hosts, between = len(set(plan.placement.hosts)), plan.bytes_between_hosts_per_step()
+    return _bytes(plan.bytes_sent_per_step()) + (f", {_bytes(between)} of it between {hosts} hosts" if between else "")
 
 
 def _bytes(count: float) -> str:

@@ -35,7 +35,7 @@ from kill_trials import workers
 from popmtl.config import load_config
 from popmtl.distributed import driver
 from popmtl.distributed.coordinator import Coordinator
-from popmtl.distributed.placement import local_resources
+from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import make_plan
 from popmtl.runs.folder import RunFolder
 from popmtl.tracking.mlflow_sink import _Curves
@@ -134,10 +134,10 @@ def main() -> None:
     fixed = [f"train.steps={steps}", "fine_tune.steps=0", f"tracking.enabled={str(tracked).lower()}"]
     fixed += [f"train.evaluate_every={stretch // 2 if tracked else steps}", "tracking.models=none"]
     config = load_config(options.config, [*own, *options.overrides, *fixed])
-    plan = make_plan(config, local_resources())
+    plan = make_plan(config, local_nodes())
     load: list[float] = []
     driver._Coordinator = ray.remote(Tracked if tracked else Timed)
-    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_resources()["CPU"])):
+    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_nodes()[0]["CPU"])):
         folder = RunFolder.create(storage, "run")
         folder.write_config(config.resolved())
         driver.run(plan, folder.path, "run", lambda _: load.append(os.getloadavg()[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -39,6 +40,9 @@ FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME")
 """Of the submitter's environment. No secrets: whoever may see the job sees these."""
 
 KIND = "popmtl"
+_RAY = "ray.dashboard.modules"
+CHATTY = (f"{_RAY}.dashboard_sdk", f"{_RAY}.job.sdk", "ray._private.runtime_env.packaging")
+"""Loggers that tell users of uploads and connections."""
 
 
 class _Client(JobSubmissionClient):
@@ -63,6 +67,8 @@ class Jobs:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RequestError(f"--address {address}: give that of Ray's dashboard, such as http://127.0.0.1:8265")
+        for name in CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
         os.environ[ADDRESS] = address  # Ray prefers what stands there, or else in RAY_ADDRESS, to what it is given
         self._client = self._asked(lambda: _Client(address))
 

@@ -53,12 +53,21 @@ class Routes:
     takes: tuple[NDArray[np.intp], ...]
     direct: bool
 
-    def numbers_sent(self, columns: int) -> int:
-        """How many numbers all actors together send to each other for a product of so many columns."""
+    def numbers_sent(self, columns: int, hosts: Sequence[int] | None = None) -> int:
+        """How many numbers all actors together send to each other for a product of so many columns.
+
+        Args:
+            columns: of the product.
+            hosts: of the actors; given, only what goes from one to another counts.
+        """
+        ranks = range(len(self.sizes))
+        apart = hosts if hosts is not None else ranks
+        pairs = [(giver, taker) for giver in ranks for taker in ranks if apart[giver] != apart[taker]]
         if self.direct:
-            return columns * sum(map(len, self.takes))
+            owner = np.repeat(ranks, self.sizes)
+            return columns * sum(int((owner[self.takes[taker]] == giver).sum()) for giver, taker in pairs)
         widths = slab_widths(columns, len(self.sizes))
-        return 2 * sum(k * (columns - width) for k, width in zip(self.sizes, widths, strict=True))
+        return 2 * sum(self.sizes[giver] * widths[taker] for giver, taker in pairs)
 
 
 def find_routes(pattern: NDArray[np.bool_], sizes: Sequence[int]) -> Routes:
