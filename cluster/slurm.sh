@@ -4,11 +4,11 @@
 #     sbatch --nodes=2 --gpus-per-node=4 cluster/slurm.sh my_problem.yaml --storage /shared/runs --run-name first
 #     sbatch --nodes=2 --gpus-per-node=4 cluster/slurm.sh --resume /shared/runs/first
 #
-# Activate PopMTL's environment before; sbatch takes it along. It, the working directory and the storage must be on a
-# file system that all nodes share.
+# Activate PopMTL's environment before; sbatch takes it along. It, your home, the working directory and the storage must
+# be on file systems that all nodes share.
 #
 # What a run costs, in GPUs: nodes × GPUs of a node; one actor per GPU. N ≤ GPUs subproblems have one each; more of them
-# share.
+# share. An actor takes a CPU, too: --cpus-per-task is to be at least the GPUs of a node.
 #SBATCH --job-name=popmtl
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
@@ -30,14 +30,16 @@ ip="${POPMTL_HEAD_IP:-$(python -c 'import ray.util; print(ray.util.get_node_ip_a
 # By the number of the job, so that two jobs on one node do not meet.
 port="$((20000 + SLURM_JOB_ID % 10000))"
 address="$ip:$port"
-wait_seconds="${POPMTL_START_SECONDS:-300}"
+wait_seconds="${POPMTL_START_SECONDS:-300}" # for Ray to start, and then for all nodes to join
 
 # Whoever reaches Ray's ports can run code as you, and on a shared machine all its users reach them. So Ray asks for a
 # token: a new one for each job, in a file that only you can read and that goes with the job. It is on no command line.
-umask 077
-mkdir -p "$HOME/.popmtl"
 token="$HOME/.popmtl/slurm-$SLURM_JOB_ID.token"
-python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token"
+(
+    umask 077 # for these two, and not for what the run writes
+    mkdir -p "$HOME/.popmtl"
+    python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$token"
+)
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 unset RAY_AUTH_TOKEN # would go before the file
 # Ray's workers would run at niceness 15.
