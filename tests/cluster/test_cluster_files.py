@@ -160,6 +160,47 @@ def test_gpus_are_counted_as_the_comment_says(name):
     assert f"here at most {workers} × {each} = {workers * each}" in text(f"{name}.yaml")
 
 
+@pytest.mark.slow
+def test_ray_starts_machines_on_a_simulated_aws(tmp_path, monkeypatch):
+    """Ray fills in network, keys and roles, and starts the head and a worker; EC2 and IAM are moto's."""
+    import boto3
+    from moto import mock_aws
+    from ray.autoscaler._private.aws import config as aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray leaves the private key in ~/.ssh
+    (tmp_path / ".ssh").mkdir()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setattr(aws.time, "sleep", lambda seconds: None)
+    with mock_aws(config={"iam": {"load_aws_managed_policies": True}}):
+        ec2, iam = boto3.client("ec2", "us-west-2"), boto3.client("iam", "us-west-2")
+        profile = iam.create_instance_profile(InstanceProfileName="popmtl-worker")["InstanceProfile"]["Arn"]
+        image = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+        given = yaml.safe_load(text("aws.yaml").replace("YOUR_AMI", image).replace("YOUR_WORKER_PROFILE_ARN", profile))
+        counted = given["available_node_types"]["gpu"].pop("resources")
+        given["available_node_types"]["gpu"]["resources"] = {}
+        config = AWSNodeProvider.fillout_available_node_types_resources(prepare_config(given))
+        # What the file says of the machine is what EC2 says of it.
+        found = config["available_node_types"]["gpu"]["resources"]
+        assert {kind: found[kind] for kind in ("CPU", "GPU")} == counted
+        config = AWSNodeProvider.bootstrap_config(config)
+        provider = AWSNodeProvider(config["provider"], "popmtl")
+        for kind in ("head", "gpu"):
+            node = copy.deepcopy(config["available_node_types"][kind]["node_config"])
+            if kind == "head":
+                node |= config["head_node"]
+            provider.create_node(node, {"ray-node-type": kind, "ray-node-name": kind}, 1)
+        reservations = ec2.describe_instances()["Reservations"]
+        profiles = [
+            (instance["InstanceType"], instance["IamInstanceProfile"]["Arn"].rpartition("/")[2])
+            for reservation in reservations
+            for instance in reservation["Instances"]
+        ]
+        assert sorted(profiles) == [("g6.12xlarge", "popmtl-worker"), ("m6i.2xlarge", "ray-autoscaler-v1")]
+
+
 # ---- Kubernetes
 
 QUANTITIES = {"additionalProperties": {"type": "string"}}
