@@ -371,8 +371,8 @@ def slow() -> bool:
         predicted = plan.bytes_between_hosts_per_step()
         link = 8 * predicted / len(cpus) / LINK_BITS
         print(
-            f"{plan.parameters} parameters a model; the plan: {plan.bytes_sent_per_step()} bytes a step, {predicted} of "
-            f"them between hosts; idle, the links carry {idle / 1e3:.1f} kB/s"
+            f"{plan.parameters} parameters a model; the plan: {plan.bytes_sent_per_step()} bytes a step, "
+            f"{predicted} of them between hosts; idle, the links carry {idle / 1e3:.1f} kB/s"
         )
         good = True
         for (batch, _, with_it, sent, seconds), (_, _, without, *_) in zip(rows[::2], rows[1::2], strict=True):
