@@ -38,6 +38,11 @@ class Placement:
         return f"{len(self.rows)} actors of {self.cpus} CPU{gpus} each"
 
 
+def describe_actor(rank: int, rows: range) -> str:
+    """An actor in words, for errors, logs and Ray's dashboard."""
+    return f"actor {rank} (subproblems {rows.start} to {rows.stop - 1})"
+
+
 def place(subproblems: int, resources: ResourcesConfig, available: Mapping[str, float]) -> Placement:
     """Spreads N rows over as many actors as there is room for, or over `max_actors` of them.
 

@@ -77,7 +77,7 @@ def test_ranks_of_hosts_with_names_have_an_order_too():
 
 
 class Where:
-    def __init__(self, rank):
+    def __init__(self, run, rank, rows):
         self.rank = rank
 
     def here(self):
@@ -89,7 +89,7 @@ def test_each_actor_has_a_gpu_to_itself_and_rows_are_packed_where_gpus_are_few(r
     placement = place(subproblems, ResourcesConfig(), ray_of_four)
     assert [len(held) for held in placement.rows] == packed
     assert placement.device == "cuda:0"
-    crew = asyncio.run(Crew.start(placement, ResourcesConfig(), actor=ray.remote(Where)))
+    crew = asyncio.run(Crew.start("run", placement, ResourcesConfig(), actor=ray.remote(Where)))
     try:
         found = asyncio.run(crew.all("here"))
     finally:

@@ -53,12 +53,19 @@ class Routes:
     takes: tuple[NDArray[np.intp], ...]
     direct: bool
 
+    def numbers_sent_by_each(self, columns: int) -> list[int]:
+        """How many numbers each actor sends to others for a product of so many columns."""
+        ranks, N = len(self.sizes), sum(self.sizes)
+        if self.direct:
+            owner = np.repeat(np.arange(ranks), self.sizes)
+            gives = np.bincount(owner[np.concatenate(self.takes)], minlength=ranks)
+            return [columns * int(rows) for rows in gives]
+        widths = slab_widths(columns, ranks)
+        return [k * (columns - width) + (N - k) * width for k, width in zip(self.sizes, widths, strict=True)]
+
     def numbers_sent(self, columns: int) -> int:
         """How many numbers all actors together send to each other for a product of so many columns."""
-        if self.direct:
-            return columns * sum(map(len, self.takes))
-        widths = slab_widths(columns, len(self.sizes))
-        return 2 * sum(k * (columns - width) for k, width in zip(self.sizes, widths, strict=True))
+        return sum(self.numbers_sent_by_each(columns))
 
 
 def find_routes(pattern: NDArray[np.bool_], sizes: Sequence[int]) -> Routes:
