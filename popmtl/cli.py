@@ -120,6 +120,9 @@ def train(options: argparse.Namespace) -> None:
         console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
     for what, file in (("explore", "explorer.html"), ("picture", "front.png"), ("models ", "models")):
         console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
+    if options.profile:  # what was said while it ran may have come too late to be shown
+        for event in [event for event in folder.events() if event["kind"] == "profile"][-1:]:
+            console.print(f"profile {event['trace']}", highlight=False, soft_wrap=True)
     print_warnings(console, [*report.unwritten, *(f"MLflow: {complaint}" for complaint in report.complaints)])
     if report.location:
         for hint in where_to_look(report.location, folder.location):

@@ -118,7 +118,6 @@ def test_actors_show_the_run_and_what_they_hold(watched):
 
 
 def test_a_killed_actor_is_a_recovery_and_a_generation(run):
-    """And two runs of one name, and their actors, may be in one cluster and namespace."""
     scrape, killed = Scraper("run-1"), []
 
     def show(progress):
