@@ -76,9 +76,8 @@ class SubproblemActor:
         self.profile: Profile | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"{self.run} {describe_actor(self.rank, self.rows)}"  # Ray asks once, after the constructor, and shows it
-        )
+        # Ray asks once, after the constructor, and shows it from then on.
+        return f"{self.run} {describe_actor(self.rank, self.rows)}"
 
     def prove_storage(self, folder: RunFolder, token: str) -> str | None:
         """Takes the run's folder, and shows that it is the coordinator's; what is wrong, where it is not."""
