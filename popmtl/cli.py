@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+LAST_LINES = 20
+"""Of a job's output, that `popmtl status` shows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A console script's path lacks the folder where it is called, and with it the user's own problem.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        options.call(options)
+        code: int | None = options.call(options)
     except RequestError as error:
         print(f"popmtl: {error}", file=sys.stderr)
         return BAD_REQUEST
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("popmtl: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return OK
+    return code or OK
 
 
 def train(options: argparse.Namespace) -> None:
@@ -54,7 +57,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.config import load_config, resumed_config
     from popmtl.display import ProgressLine, print_front, print_plan, print_warnings
     from popmtl.distributed import driver
-    from popmtl.distributed.placement import local_resources
+    from popmtl.distributed.placement import local_nodes
     from popmtl.distributed.plan import make_plan
     from popmtl.distributed.profile import steps_needed
     from popmtl.distributed.resumption import find_checkpoint
@@ -80,8 +83,8 @@ def train(options: argparse.Namespace) -> None:
     console = _console()
     with ExitStack() as session:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
-        resources = session.enter_context(driver.cluster(options.address)) if options.address else local_resources()
-        plan = make_plan(config, resources)
+        nodes = session.enter_context(driver.cluster(options.address)) if options.address else local_nodes()
+        plan = make_plan(config, nodes)
         if options.profile and steps_needed(options.profile) > len(plan.factors):
             needed = steps_needed(options.profile)
             raise RequestError(
@@ -110,7 +113,7 @@ def train(options: argparse.Namespace) -> None:
             console.print(f"transport {plan.transport.name}: {plan.transport.why}", highlight=False, soft_wrap=True)
         print_warnings(console, plan.warnings)
         if not options.address:
-            session.enter_context(driver.cluster(None, int(resources["CPU"])))
+            session.enter_context(driver.cluster(None, int(nodes[0]["CPU"])))
         with ProgressLine(console) as line:
             resumes = bool(options.resume)
             report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
@@ -127,6 +130,79 @@ def train(options: argparse.Namespace) -> None:
     if report.location:
         for hint in where_to_look(report.location, folder.location):
             console.print(hint, highlight=False, soft_wrap=True)
+
+
+def submit(options: argparse.Namespace) -> int:
+    """`popmtl submit`: has a cluster run `popmtl train`, and follows it; its exit code."""
+    from popmtl.config import load_config
+    from popmtl.distributed.jobs import Jobs
+    from popmtl.runs.storage import is_remote, split
+
+    if options.resume and options.config and "=" in options.config and not Path(options.config).exists():
+        options.config, options.overrides = None, [options.config, *options.overrides]
+    working_dir = Path(options.working_dir).resolve()
+    if not working_dir.is_dir():
+        raise RequestError(f"--working-dir {options.working_dir}: is not a folder")
+    shipped = []
+    if options.config:
+        config = load_config(options.config, options.overrides)  # what is wrong with it is said here and now
+        path = Path(options.config).resolve()
+        if not path.is_relative_to(working_dir):
+            raise RequestError(f"config {options.config}: is not in {working_dir}, which is shipped; see --working-dir")
+        shipped = [path.relative_to(working_dir).as_posix()]
+    elif not options.resume:
+        raise RequestError("submit: give a CONFIG, or --resume RUN")
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    if options.resume:
+        run = options.resume
+        name = f"{split(run)[1]}-resumed-{now}"
+        where = ["--resume", run]
+    else:
+        storage = options.storage or config.storage
+        name = options.run_name or f"{path.stem}-{now}"
+        where = ["--run-name", name, "--storage", storage]
+        run = storage
+    if not (is_remote(run) or Path(run).is_absolute()):
+        what = f"--resume {run}" if options.resume else f"storage {run}"
+        raise RequestError(f"{what}: on a cluster give a path that all its machines share, from the root, or a URL")
+    jobs = Jobs(options.address)
+    dry = ["--dry-run"] if options.dry_run else []
+    job = jobs.submit(f"{name}-dry-run" if dry else name, [*shipped, *options.overrides, *where, *dry], working_dir)
+    later = f"popmtl status {job} --address {jobs.address}\npopmtl stop {job} --address {jobs.address}"
+    if options.detach:
+        print(f"job {job} was submitted\n{later}")
+        return OK
+    print(f"job {job}", flush=True)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    try:
+        return jobs.follow(job, write)
+    except KeyboardInterrupt:
+        print(f"\nthe run goes on\n{later}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def status(options: argparse.Namespace) -> None:
+    """`popmtl status`: the runs among a cluster's jobs, or one of them with its last lines."""
+    from rich.console import Console
+
+    from popmtl.display import print_jobs
+    from popmtl.distributed.jobs import Jobs
+
+    jobs = Jobs(options.address)
+    print_jobs(Console(), [jobs.details(options.job)] if options.job else jobs.all())
+    if options.job:
+        print("\n".join(jobs.last_lines(options.job, LAST_LINES)))
+
+
+def stop(options: argparse.Namespace) -> None:
+    """`popmtl stop`: interrupts a job's run."""
+    from popmtl.distributed.jobs import Jobs
+
+    jobs = Jobs(options.address)
+    print(f"{options.job} has been stopped" if jobs.stop(options.job) else f"{options.job} had ended")
 
 
 def _refuse_finished(folder: RunFolder) -> None:
@@ -397,6 +473,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write a torch profiler's trace of so many MTGD steps of actor 0 to the run's folder; default: 20",
     )
     command.set_defaults(call=train)
+    _add_job_commands(commands)
     return parser
 
 
@@ -404,6 +481,41 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of steps")
     return int(text)
+
+
+def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """What has to do with a cluster's jobs."""
+    default = os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
+    address = argparse.ArgumentParser(add_help=False)
+    address.add_argument(
+        "--address", default=default, help="of Ray's dashboard; default: $RAY_API_SERVER_ADDRESS, or %(default)s"
+    )
+    command = commands.add_parser(
+        "submit",
+        parents=[address],
+        help="have a Ray cluster train a Pareto set",
+        description="Ship the working directory to a Ray cluster, have it run `popmtl train` there, and follow its "
+        "output; exits with the run's code. Ctrl-C only ends the following.",
+    )
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file in the working directory")
+    command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")
+    command.add_argument("--detach", action="store_true", help="do not follow the run")
+    command.add_argument("--dry-run", action="store_true", help="check everything there, print the plan, train nothing")
+    command.add_argument(
+        "--working-dir", default=".", metavar="DIR", help="what is shipped, but for what .gitignore names; default: ."
+    )
+    command.add_argument(
+        "--run-name", help="name of the run, its folder and the job; default: the config's and the time"
+    )
+    command.add_argument("--storage", help="path that the cluster's machines share, or URL; default: the config's")
+    command.add_argument("--resume", metavar="RUN", help="go on with the run at this path or URL")
+    command.set_defaults(call=submit)
+    command = commands.add_parser("status", parents=[address], help="show the runs among a Ray cluster's jobs")
+    command.add_argument("job", nargs="?", metavar="JOB", help="one of them, with its last lines")
+    command.set_defaults(call=status)
+    command = commands.add_parser("stop", parents=[address], help="interrupt a run that was submitted")
+    command.add_argument("job", metavar="JOB", help="see popmtl status")
+    command.set_defaults(call=stop)
 
 
 def _numbers(text: str) -> list[float]:

@@ -210,8 +210,15 @@ class ResourcesConfig(_Section):
     gpus_per_actor: Annotated[Number, Field(ge=0)] | None = None
     cpus_per_actor: Annotated[Count, Field(ge=1)] = 1
     max_actors: Annotated[Count, Field(ge=1)] | None = None
+    autoscaling: bool = False
     start_timeout: Annotated[Number, Field(gt=0)] = 120.0
     chunk_timeout: Annotated[Number, Field(gt=0)] = 600.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResourcesConfig:
+        if self.autoscaling and (self.max_actors is None or self.gpus_per_actor is None):
+            raise ValueError("autoscaling needs max_actors and gpus_per_actor: what the cluster is to start nodes for")
+        return self
 
 
 class CheckpointConfig(_Section):

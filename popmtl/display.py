@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,6 +19,8 @@ from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
 
 if TYPE_CHECKING:  # they import Ray and torch
+    from ray.job_submission import JobDetails
+
     from popmtl.distributed.plan import RunPlan
     from popmtl.distributed.progress import Progress
 
@@ -64,6 +67,8 @@ class ProgressLine:
 def progress_text(progress: Progress) -> str:
     """One line: stage, step, losses, hypervolume, speed and time left, as far as they are known."""
     parts = [f"{progress.stage} {progress.step}/{progress.steps}" if progress.steps else progress.stage]
+    if progress.awaits:
+        parts.append(progress.awaits)
     if progress.losses:
         parts.append(f"loss {progress.losses[0]:.4g} to {progress.losses[1]:.4g}")
     if progress.hypervolume is not None:
@@ -91,7 +96,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("transport", f"{plan.transport.name}: {plan.transport.why}" if plan.transfers else "none: nothing transfers"),
         ("overlap", plan.transport.overlap if plan.transfers else "none: nothing transfers"),
         ("parameters", f"{plan.parameters:,} a model, {plan.transferring:,} of them transfer, {dtype}"),
-        ("sent per step", _bytes(plan.bytes_sent_per_step())),
+        ("sent per step", _sent(plan)),
         ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
     ]
     if plan.aligned and plan.aligned.variant == "exact":
@@ -205,12 +210,35 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
     console.print(table)
 
 
+def print_jobs(console: Console, jobs: Sequence[JobDetails]) -> None:
+    """One row a job of a cluster: how it stands, since when, and for how long."""
+    table = _table()
+    for name in ("job", "state", "started", "took", "exit code"):
+        table.add_column(name, justify="left" if name in ("job", "state") else "right")
+    for job in jobs:
+        start = (job.start_time or 0) / 1000
+        seconds = round((job.end_time / 1000 if job.end_time else time.time()) - start)
+        table.add_row(
+            str(job.submission_id),
+            job.status.value.lower(),
+            f"{datetime.fromtimestamp(start):%Y-%m-%d %H:%M:%S}" if start else "",
+            str(timedelta(seconds=seconds)) if start else "",
+            "" if job.driver_exit_code is None else str(job.driver_exit_code),
+        )
+    console.print(table)
+
+
 def _table() -> Table:
     return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _share(share: float) -> str:
     return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def _sent(plan: RunPlan) -> str:
+    hosts, between = len(set(plan.placement.hosts)), plan.bytes_between_hosts_per_step()
+    return _bytes(plan.bytes_sent_per_step()) + (f", {_bytes(between)} of it between {hosts} hosts" if between else "")
 
 
 def _bytes(count: float) -> str:

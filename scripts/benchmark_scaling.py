@@ -37,6 +37,7 @@ from torch.nn.functional import cross_entropy
 
 from popmtl.config import Config
 from popmtl.distributed import driver
+from popmtl.distributed.placement import Nodes
 from popmtl.distributed.plan import RunPlan, make_plan, optimizer_moments
 from popmtl.distributed.progress import Progress
 from popmtl.method.decomposition import weight_vectors
@@ -85,7 +86,7 @@ class RandomDigits(Problem):
         return torch.stack([cross_entropy(logits[:, task], batch[1][:, task]) for task in range(2)])
 
 
-def make(problem: dict, N: int, steps: int, actors: int | None, resources: dict) -> RunPlan:
+def make(problem: dict, N: int, steps: int, actors: int | None, nodes: Nodes) -> RunPlan:
     train = {"steps": steps, "evaluate_every": steps, "execution": "loop", "optimizer": {"name": "Adam", "lr": 1e-4}}
     config = {
         "problem": problem,
@@ -96,7 +97,7 @@ def make(problem: dict, N: int, steps: int, actors: int | None, resources: dict)
         "tracking": {"enabled": False},
         "recovery": {"max_failures": 0},
     }
-    return make_plan(Config.model_validate(config), resources)
+    return make_plan(Config.model_validate(config), nodes)
 
 
 class Watch:
@@ -252,13 +253,13 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=140)
     bandwidth = copy_bandwidth(10**8)
-    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, cores()) as resources:
+    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, cores()) as nodes:
         for name, row_steps in ROW_STEPS.items():
             problem = {"name": "benchmark_scaling:RandomDigits", "model": name}
             for N in NS:
-                plan = make(problem, N, row_steps // N, options.actors, resources)
+                plan = make(problem, N, row_steps // N, options.actors, nodes)
                 rows.append(measure(name, plan, bandwidth, storage))
-        plan = make({"name": "zdt1"}, NS[0], ZDT1_STEPS, options.actors, resources)
+        plan = make({"name": "zdt1"}, NS[0], ZDT1_STEPS, options.actors, nodes)
         rows.append(measure("zdt1", plan, bandwidth, storage))
     first = {row["model"]: row["best_ms_per_row"] for row in rows if row["N"] == NS[0]}
     rows = [{**row, "of_first": row["best_ms_per_row"] / first[row["model"]]} for row in rows]

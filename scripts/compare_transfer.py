@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from popmtl.config import load_config
-from popmtl.distributed.placement import local_resources
+from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import make_plan, train_in_process
 from popmtl.method.front import hypervolume
 from popmtl.method.population import objective_matrix
@@ -39,7 +39,7 @@ def train(config_path: str, overrides: list[str], side: str, batch: int, rate: f
     choices = [f"problem.batch_size={batch}", f"train.optimizer.lr={rate}", f"seed={seed}", "fine_tune.steps=0"]
     if side == "independent":
         choices.append("transfer=none")
-    plan = make_plan(load_config(config_path, [*overrides, *choices]), local_resources())
+    plan = make_plan(load_config(config_path, [*overrides, *choices]), local_nodes())
     start = time.process_time()
     run = {"side": side, "batch": batch, "rate": rate, "seed": seed, "steps": [], "hypervolume": []}
     try:

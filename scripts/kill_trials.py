@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,6 +48,7 @@ import yaml
 from popmtl.cli import BAD_REQUEST
 from popmtl.config import load_config
 from popmtl.distributed import driver
+from popmtl.distributed.placement import Nodes
 from popmtl.distributed.plan import make_plan
 from popmtl.distributed.progress import Progress
 from popmtl.errors import RunError
@@ -193,18 +194,18 @@ class OwnRun:
     Args:
         path: of the config.
         run: its folder, with or without something to go on from.
-        resources: of Ray.
+        nodes: of Ray.
     """
 
-    def __init__(self, path: Path, run: RunFolder, resources: Mapping[str, float]) -> None:
-        self.config, self.run, self.resources = load_config(path), run, resources
+    def __init__(self, path: Path, run: RunFolder, nodes: Nodes) -> None:
+        self.config, self.run, self.nodes = load_config(path), run, nodes
         self.alive = False
 
     def start(self, *, resumes: bool) -> str | None:
         """Runs to the end; what it failed of."""
         self.alive = True
         try:
-            driver.run(make_plan(self.config, self.resources), self.run.path, "trial", lambda _: None, resumes=resumes)
+            driver.run(make_plan(self.config, self.nodes), self.run.path, "trial", lambda _: None, resumes=resumes)
         except RunError as error:
             return str(error)
         finally:
@@ -365,10 +366,10 @@ def by_command(trial: Trial, folder: Path, name: str, reference: RunFolder) -> O
             one.end()
 
 
-def by_own_run(trial: Trial, folder: Path, name: str, reference: RunFolder, resources: Mapping[str, float]) -> Outcome:
+def by_own_run(trial: Trial, folder: Path, name: str, reference: RunFolder, nodes: Nodes) -> Outcome:
     """A trial on the Ray of this process."""
     path = folder / write_config(folder, trial)
-    own = OwnRun(path, new_run(path, folder, name), resources)
+    own = OwnRun(path, new_run(path, folder, name), nodes)
     struck: dict[str, Any] = {}
 
     def watch() -> None:
@@ -465,7 +466,7 @@ def lose_nodes(folder: Path) -> Iterator[tuple[str, NodeLoss]]:
     path.write_text(yaml.safe_dump(data))
     try:
         with driver.cluster(cluster.address):
-            plan = make_plan(load_config(path), {"CPU": float(ACTORS)})
+            plan = make_plan(load_config(path), [{"CPU": float(ACTORS)}])
             reference = new_run(path, folder, "undisturbed-nodes")
             driver.run(plan, reference.path, "nodes", lambda _: None)
             for name, spare in (("one with room", True), ("none with room", False)):
@@ -530,18 +531,18 @@ def write_config(folder: Path, trial: Trial) -> str:
     return name
 
 
-def undisturbed(trial: Trial, folder: Path, resources: Mapping[str, float]) -> RunFolder:
+def undisturbed(trial: Trial, folder: Path, nodes: Nodes) -> RunFolder:
     """The run of a trial's config that loses nothing; trained if it is not there."""
     path = folder / write_config(folder, trial)
     run = RunFolder(folder / "runs" / f"undisturbed-{path.stem}")
     if not (run.pareto / "front.json").exists():
         run = new_run(path, folder, run.name)
-        if failed := OwnRun(path, run, resources).start(resumes=False):
+        if failed := OwnRun(path, run, nodes).start(resumes=False):
             raise SystemExit(f"the undisturbed run failed: {failed}")
     return run
 
 
-def kill_trials(first: int, trials: int, seed: int, folder: Path, resources: Mapping[str, float]) -> bool:
+def kill_trials(first: int, trials: int, seed: int, folder: Path, nodes: Nodes) -> bool:
     """All trials, in a table; whether nothing was lost in any."""
     start, outcomes = time.monotonic(), []
     columns = "{:>5}  {:<22} {:<14} {:<12} {:>5}  {:<22} {:>8}  {}"
@@ -549,11 +550,11 @@ def kill_trials(first: int, trials: int, seed: int, folder: Path, resources: Map
     for number, trial in enumerate(draw(trials, seed)):
         if number < first:
             continue
-        reference, name = undisturbed(trial, folder, resources), f"trial-{number}"
+        reference, name = undisturbed(trial, folder, nodes), f"trial-{number}"
         if trial.victim == "driver":
             outcome = by_command(trial, folder, name, reference)
         else:
-            outcome = by_own_run(trial, folder, name, reference, resources)
+            outcome = by_own_run(trial, folder, name, reference, nodes)
         outcomes.append(outcome)
         # The stage and step that it was in, which are at least those that were drawn.
         stage = STAGES[outcome.step is not None and outcome.step >= TRAIN]
@@ -602,8 +603,8 @@ def main() -> None:
             except RunError as error:
                 sys.exit(f"kill_trials: {error}")
         sys.exit(0 if good else 1)
-    with working_folder(options.keep) as folder, driver.cluster(None, ACTORS) as resources:
-        good = kill_trials(options.first, options.trials, options.seed, folder, resources)
+    with working_folder(options.keep) as folder, driver.cluster(None, ACTORS) as nodes:
+        good = kill_trials(options.first, options.trials, options.seed, folder, nodes)
     sys.exit(0 if good else 1)
 
 

@@ -35,7 +35,7 @@ from kill_trials import workers
 from popmtl.config import load_config
 from popmtl.distributed import driver
 from popmtl.distributed.coordinator import Coordinator
-from popmtl.distributed.placement import local_resources
+from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import make_plan
 from popmtl.runs.folder import RunFolder
 from popmtl.tracking.mlflow_sink import _Curves
@@ -64,6 +64,7 @@ class Timed(Coordinator):
     """A coordinator that writes down when each stretch ends."""
 
     stretch = STRETCHES["checkpoints"]
+    sent_seconds = 0.0
 
     def _until_checkpoint(self, step: int, longest: int) -> int:
         return min(longest, self.stretch - step % self.stretch)
@@ -71,7 +72,7 @@ class Timed(Coordinator):
     def _checkpoint_due(self, step: int) -> bool:
         if step % self.stretch:
             return False
-        record = {"step": step, "time": time.monotonic(), "processor": processor_seconds()}
+        record = {"step": step, "time": time.monotonic(), "processor": processor_seconds(), "sink": self.sent_seconds}
         self.folder.append("stretches.jsonl", record)
         return self.checkpoints(step // self.stretch)
 
@@ -85,6 +86,7 @@ class Tracked(Timed):
 
     stretch = STRETCHES["tracking"]
     real: Any = None
+    sent_seconds = 0.0
 
     def checkpoints(self, stretch: int) -> bool:
         """None does; but the sink comes and goes."""
@@ -97,6 +99,7 @@ class Tracked(Timed):
         return False
 
     def _next(self, timeout: float, together: Collection[str] = ()) -> list[Entry]:
+        self.sent_seconds = time.thread_time()  # it is the sink's thread that asks
         if self.sink is None:
             time.sleep(min(timeout, 0.5))
             return []
@@ -131,10 +134,10 @@ def main() -> None:
     fixed = [f"train.steps={steps}", "fine_tune.steps=0", f"tracking.enabled={str(tracked).lower()}"]
     fixed += [f"train.evaluate_every={stretch // 2 if tracked else steps}", "tracking.models=none"]
     config = load_config(options.config, [*own, *options.overrides, *fixed])
-    plan = make_plan(config, local_resources())
+    plan = make_plan(config, local_nodes())
     load: list[float] = []
     driver._Coordinator = ray.remote(Tracked if tracked else Timed)
-    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_resources()["CPU"])):
+    with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_nodes()[0]["CPU"])):
         folder = RunFolder.create(storage, "run")
         folder.write_config(config.resolved())
         driver.run(plan, folder.path, "run", lambda _: load.append(os.getloadavg()[0]))
@@ -158,6 +161,10 @@ def main() -> None:
         f"{median(ms):.0f} ms more a stretch (median); load of the machine {min(load):.1f} to {max(load):.1f} "
         f"on {os.cpu_count()} cores; target ≤ {1.02 if tracked else 1.05}"
     )
+    if tracked:
+        first, last = records[2], records[-2]
+        seconds, sent = last["time"] - first["time"], last["sink"] - first["sink"]
+        print(f"the thread that sends took {2 * sent / seconds:.2%} of one processor while there was anything to send")
     if options.json:
         result: dict[str, Any] = {
             "pairs": pairs,

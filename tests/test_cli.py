@@ -238,7 +238,7 @@ def test_a_resume_with_all_checkpoints_damaged_is_refused_and_the_files_named(ea
 
 
 def test_a_resume_with_a_config_that_was_edited_in_the_run_folder_is_refused(earlier, no_ray, capsys):
-    plan = make_plan(Config.model_validate(earlier.config()), {"CPU": 2.0})
+    plan = make_plan(Config.model_validate(earlier.config()), [{"CPU": 2.0}])
     name = checkpoint_name(10)
     record = {"step": 10, "fine_tuned": None, "course": {"step": 10}, "identity": plan.identity}
     commit(earlier, name, [write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})], record)

@@ -9,7 +9,7 @@ from popmtl.distributed.plan import make_plan
 from popmtl.errors import RequestError
 
 MINIMAL = "problem: vlmop2\npopulation: {subproblems: 4}\n"
-MACHINE = {"CPU": 2.0, "GPU": 0.0}
+MACHINE = [{"CPU": 2.0, "GPU": 0.0}]
 
 
 @pytest.fixture

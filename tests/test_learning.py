@@ -11,7 +11,7 @@ from popmtl.method.population import objective_matrix
 
 def train(config, *overrides):
     """Trains a config in this process; the population and the evaluations on the test split."""
-    plan = make_plan(load_config(config, overrides), {"CPU": 1.0})
+    plan = make_plan(load_config(config, overrides), [{"CPU": 1.0}])
     population = train_in_process(plan)
     return population, population.block.evaluate("test")
 

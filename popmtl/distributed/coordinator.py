@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from popmtl.distributed.crew import Crew, room
+from popmtl.distributed.crew import Crew, nodes_now, room
 from popmtl.distributed.metrics import GENERATION, HYPERVOLUME, RECOVERIES, STEP, STEPS_PER_SECOND, Metrics
+from popmtl.distributed.placement import place
 from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
 from popmtl.distributed.profile import steps_needed
 from popmtl.distributed.progress import Progress, Report, Stage
@@ -279,6 +280,8 @@ class Coordinator:
         self.metrics.tell(GENERATION, self.generation)
         self.metrics.tell(RECOVERIES, kinds.count("recovering"))
         self.started = crew = await self._find_room()
+        self.now = replace(self.now, awaits=None)
+        await self._fit_transport()
         hosts = crew.hosts
         await self._prove_storage()
         if len(set(hosts)) > 1 and self.plan.transport.name == "shared_memory":
@@ -319,19 +322,24 @@ class Coordinator:
         """Starts the actors; where a run that had them finds no room for as many any more, fewer."""
         resources, placement = self.plan.config.resources, self.plan.placement
         if not self.was_ready:
-            return await Crew.start(self.folder.name, placement, resources)
+            return await Crew.start(self.folder.name, placement, resources, tell=self._await)
         deadline = time.monotonic() + resources.start_timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
             try:
-                return await Crew.start(self.folder.name, placement, resources, min(left, ROOM_SECONDS))
+                return await Crew.start(
+                    self.folder.name, placement, resources, min(left, ROOM_SECONDS), tell=self._await
+                )
             except NoRoom:
                 # What others have taken may become free again; a node that is gone is seldom back in seconds.
                 actors = room(placement, free=left <= ROOM_SECONDS)
                 if actors < len(placement.rows) or left <= ROOM_SECONDS:
                     break
         if 0 < actors < len(placement.rows):
-            self.plan = await asyncio.to_thread(replan, self.plan, actors, ray.cluster_resources())
+            # Each with as much of the cluster as before.
+            taken = {"gpus_per_actor": placement.gpus, "max_actors": actors, "autoscaling": False}
+            fewer = place(len(self.plan.W), resources.model_copy(update=taken), nodes_now())
+            self.plan = await asyncio.to_thread(replan, self.plan, fewer)
             execution = set(self.executions or ())
             self.executions = [*execution] * actors if len(execution) == 1 else None
             self._event(
@@ -340,7 +348,21 @@ class Coordinator:
                 actors=self.plan.placement.describe(),
                 transport=self.plan.transport.name,
             )
-        return await Crew.start(self.folder.name, self.plan.placement, resources)
+        return await Crew.start(self.folder.name, self.plan.placement, resources, tell=self._await)
+
+    def _await(self, what: str) -> None:
+        self.now = replace(self.now, awaits=what)
+
+    async def _fit_transport(self) -> None:
+        """Has the transport that serves the hosts where Ray has put the actors, whatever was expected."""
+        addresses = sorted(set(self.crew.hosts))
+        hosts, planned = tuple(addresses.index(host) for host in self.crew.hosts), self.plan.placement.hosts
+        if [planned.index(host) for host in planned] == [hosts.index(host) for host in hosts]:
+            return
+        before, placement = self.plan.transport.name, replace(self.plan.placement, hosts=hosts)
+        self.plan = await asyncio.to_thread(replan, self.plan, placement)
+        if self.plan.transport.name != before:
+            self._event("transport", was=before, now=self.plan.transport.name, why=self.plan.transport.why)
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))

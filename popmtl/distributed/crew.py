@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -17,10 +17,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from popmtl.config import ResourcesConfig
 from popmtl.distributed.mixing.coordinator import Exchange
-from popmtl.distributed.placement import Placement, describe_actor, rank_order
+from popmtl.distributed.placement import Nodes, Placement, describe_actor, in_words, rank_order
 from popmtl.distributed.subproblem import SubproblemActor
 from popmtl.errors import ActorLost, NoRoom
 
+TELL_SECONDS = 5.0
 CAUSE_SECONDS = 10.0
 """How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
 
@@ -49,7 +50,13 @@ class Crew:
 
     @classmethod
     async def start(
-        cls, run: str, placement: Placement, resources: ResourcesConfig, patience: float = math.inf, actor: Any = _Actor
+        cls,
+        run: str,
+        placement: Placement,
+        resources: ResourcesConfig,
+        patience: float = math.inf,
+        actor: Any = _Actor,
+        tell: Callable[[str], object] = str,
     ) -> Crew:
         """Starts an actor for each block of rows.
 
@@ -59,22 +66,26 @@ class Crew:
             resources: says how long to wait for room and, later, for the actors' answers.
             patience: seconds to wait for room, if that is shorter.
             actor: class of the actors, made with the run's name, their rank and their rows.
+            tell: is told what is awaited, every few seconds.
 
         Raises:
-            NoRoom: there was none in time; what is free.
+            NoRoom: there was none in time; what there is, and what would fit.
         """
         bundle = {"CPU": float(placement.cpus)} | ({"GPU": placement.gpus} if placement.gpus else {})
         name = f"{group_prefix(ray.get_runtime_context().get_actor_id())}{uuid4().hex}"
         group = placement_group([bundle] * len(placement.rows), strategy="PACK", name=name)
         limit = min(patience, resources.start_timeout)
-        try:
-            await asyncio.wait_for(_awaitable(group.ready()), limit)
-        except asyncio.TimeoutError:
-            remove_placement_group(group)
-            raise NoRoom(
-                f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
-                f"free now: {_resources(ray.available_resources())}"
-            ) from None
+        ready, start = asyncio.ensure_future(_awaitable(group.ready())), time.monotonic()
+        while not (await asyncio.wait([ready], timeout=min(TELL_SECONDS, limit)))[0]:
+            if time.monotonic() - start >= limit:
+                remove_placement_group(group)
+                raise NoRoom(
+                    f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
+                    f"{in_words(nodes_now())}, with room for {room(placement, free=False)} of them; free now: "
+                    f"{_resources(ray.available_resources())}, for {room(placement, free=True)} (resources.max_actors)"
+                ) from None
+            tell(f"waiting for {placement.describe()}; free now: {_resources(ray.available_resources())}")
+        ready.result()
         nodes = placement_group_table(group)["bundles_to_node_id"]
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         order = rank_order([nodes[index] for index in range(len(placement.rows))], addresses)
@@ -148,13 +159,13 @@ def group_prefix(creator: str | None) -> str:
 
 def room(placement: Placement, *, free: bool) -> int:
     """How many actors of a placement the nodes that are there could hold; or, if `free`, can beside what they do."""
+    whole = sum(map(placement.fit, nodes_now()))
+    return min(whole, placement.fit(ray.available_resources())) if free else whole
 
-    def fit(resources: Mapping[str, float]) -> int:
-        by_cpu = int(resources.get("CPU", 0.0) / placement.cpus + 1e-9)
-        return min(by_cpu, int(resources.get("GPU", 0.0) / placement.gpus + 1e-9)) if placement.gpus else by_cpu
 
-    whole = sum(fit(node["Resources"]) for node in ray.nodes() if node["Alive"])
-    return min(whole, fit(ray.available_resources())) if free else whole
+def nodes_now() -> Nodes:
+    """The nodes that are there."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _is_collateral(error: BaseException) -> bool:

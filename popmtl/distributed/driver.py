@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 from uuid import uuid4
@@ -20,7 +20,8 @@ from ray.util.placement_group import get_placement_group, placement_group_table,
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from popmtl.distributed.coordinator import Coordinator, describe_failure
-from popmtl.distributed.crew import group_prefix
+from popmtl.distributed.crew import group_prefix, nodes_now
+from popmtl.distributed.placement import Nodes
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.progress import Progress, Report
 from popmtl.errors import RequestError, RunError
@@ -33,8 +34,8 @@ STOP_SECONDS = 6.0
 
 
 @contextmanager
-def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[str, float]]:
-    """A Ray session, local or joined, and the cluster's total resources; ended on leaving.
+def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
+    """A Ray session, local or joined, and the cluster's nodes; ended on leaving.
 
     Args:
         address: of a running Ray ("auto" finds the one on this machine); None starts one here.
@@ -69,7 +70,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Mapping[st
             raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
         raise RunError(f"Ray did not start on this machine: {error}") from error
     try:
-        yield ray.cluster_resources()
+        yield nodes_now()
     finally:
         ray.shutdown()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from popmtl.config import Config, decisive
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
 from popmtl.distributed.mixing.shared_memory import shared_bytes
-from popmtl.distributed.placement import Placement, place
+from popmtl.distributed.placement import Nodes, Placement, place
 from popmtl.distributed.transport import Transport, choose_overlap, choose_transport
 from popmtl.errors import RequestError
 from popmtl.method.buckets import leaves_parameters_alone
@@ -133,6 +133,13 @@ class RunPlan:
         """Bytes that all actors together send for the transfer of one step."""
         return sum(self.bytes_sent_by_each())
 
+    def bytes_between_hosts_per_step(self) -> int:
+        """What of these bytes hosts send to each other by the collective transport, on the hosts that are expected."""
+        itemsize = 2 if self.config.transfer.wire_dtype else self.recipe.dtype.itemsize
+        if self.transport.name != "collective" or not self.placement.hosts:
+            return 0
+        return self.routes.numbers_sent(self.width, self.placement.hosts) * itemsize
+
     def memory_per_actor(self) -> int:
         """Bytes that the largest block takes for its rows, gradients, moments and mixing; activations come on top."""
         k, itemsize = max(len(rows) for rows in self.placement.rows), self.recipe.dtype.itemsize
@@ -146,12 +153,12 @@ class RunPlan:
         return (rows + mixing + task_gradients * self.parameters) * itemsize
 
 
-def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
+def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     """Decides and checks everything; builds the problem and runs its losses once, in this process.
 
     Args:
         config: of the run.
-        available: the cluster's total resources, see `place`.
+        nodes: the cluster's, see `place`.
 
     Raises:
         RequestError: whatever is wrong with the request, naming the key or the problem.
@@ -194,8 +201,8 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
         schedule = fine.lr_schedule.build(fine.steps) if fine.lr_schedule else None
         aligned = AlignedRecipe(fine.steps, fine.optimizer.build(), schedule, fine.scale, fine.variant)
     layout, shared, leaves_alone = check_problem(config.problem.name, problem, recipe, aligned)
-    placement = _placement(config, len(W), available)
-    transport = _transport(config, recipe, layout, leaves_alone, placement, available, len(W))
+    placement = _placement(config, len(W), nodes)
+    transport = _transport(config, recipe, layout, leaves_alone, placement, len(W))
     warnings = []
     if recipe.order == "consensus" and may_diverge(M):
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
@@ -223,24 +230,16 @@ def make_plan(config: Config, available: Mapping[str, float]) -> RunPlan:
     )
 
 
-def replan(plan: RunPlan, actors: int, available: Mapping[str, float]) -> RunPlan:
-    """The plan on so many actors, each with as much of the cluster as before; and the transport for it.
-
-    Args:
-        plan: of the run so far.
-        actors: at least one, at most as many as subproblems.
-        available: the cluster's total resources now.
+def replan(plan: RunPlan, placement: Placement) -> RunPlan:
+    """The plan on another placement, and with the transport for it.
 
     Raises:
-        RequestError: the transport that was asked for cannot serve them.
+        RequestError: the transport that was asked for cannot serve it.
     """
-    taken = {"cpus_per_actor": plan.placement.cpus, "gpus_per_actor": plan.placement.gpus, "max_actors": actors}
-    room = {"CPU": actors * plan.placement.cpus, "GPU": actors * plan.placement.gpus}
     config = plan.config
-    placement = place(len(plan.W), config.resources.model_copy(update=taken), room)
     problem = load_problem(config.problem.name, config.problem.parameters)
     layout, _, leaves_alone = check_problem(config.problem.name, problem, plan.recipe, plan.aligned)
-    transport = _transport(config, plan.recipe, layout, leaves_alone, placement, available, len(plan.W))
+    transport = _transport(config, plan.recipe, layout, leaves_alone, placement, len(plan.W))
     return replace(plan, placement=placement, transport=transport)
 
 
@@ -357,7 +356,7 @@ def _point(
     return values
 
 
-def _placement(config: Config, subproblems: int, available: Mapping[str, float]) -> Placement:
+def _placement(config: Config, subproblems: int, nodes: Nodes) -> Placement:
     """Actors and rows; the local transport needs one actor that holds every row."""
     resources = config.resources
     if config.transfer.transport == "local":
@@ -367,7 +366,7 @@ def _placement(config: Config, subproblems: int, available: Mapping[str, float])
                 f"{resources.max_actors}"
             )
         resources = resources.model_copy(update={"max_actors": 1})
-    return place(subproblems, resources, available)
+    return place(subproblems, resources, nodes)
 
 
 def _width(recipe: Recipe, transferring: int) -> int:
@@ -380,12 +379,11 @@ def _transport(
     layout: Layout,
     leaves_alone: bool,
     placement: Placement,
-    available: Mapping[str, float],
     subproblems: int,
 ) -> Transport:
     width = _width(recipe, layout.transferring)
     shared = shared_bytes(subproblems, layout.size, width, recipe.dtype.itemsize, recipe.mix_moments)
-    name, why = choose_transport(config.transfer.transport, placement, available, shared)
+    name, why = choose_transport(config.transfer.transport, placement, shared)
     overlap, bucket_bytes = choose_overlap(name, recipe, layout, leaves_alone)
     return Transport(name, why, overlap, bucket_bytes)
 

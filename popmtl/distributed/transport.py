@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from popmtl.distributed.mixing import shared_memory
-from popmtl.distributed.placement import Placement, hosts
+from popmtl.distributed.placement import Placement
 from popmtl.errors import RequestError
 from popmtl.method.buckets import BUCKET_BYTES, bucket_bounds, steps_entrywise
 from popmtl.method.flat import Layout
@@ -37,7 +36,6 @@ class Transport:
 def choose_transport(
     asked: TransportName | Literal["auto"],
     placement: Placement,
-    available: Mapping[str, float],
     shared_bytes: int,
 ) -> tuple[TransportName, str]:
     """A transport, and why it is the one.
@@ -45,7 +43,6 @@ def choose_transport(
     Args:
         asked: in the config.
         placement: of the rows.
-        available: the cluster's resources by Ray's names.
         shared_bytes: that the shared_memory transport would take.
 
     Raises:
@@ -73,7 +70,9 @@ def choose_transport(
         return "coordinator", "actors share a GPU, which NCCL does not allow"
     if placement.gpus:
         return "collective", "actors on GPUs"
-    if hosts(available) > 1:
+    if not placement.hosts:
+        return "collective", "the hosts are yet to come"
+    if len(set(placement.hosts)) > 1:
         return "collective", "several hosts"
     if room < shared_bytes:
         return "collective", f"{shared_memory.FOLDER} has {room / 1e6:.0f} MB of the {shared_bytes / 1e6:.0f} MB needed"

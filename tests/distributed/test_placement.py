@@ -7,12 +7,12 @@ import ray
 
 from popmtl.config import ResourcesConfig
 from popmtl.distributed.crew import Crew
-from popmtl.distributed.placement import Placement, hosts, place, rank_order
+from popmtl.distributed.placement import Placement, place, rank_order
 from popmtl.errors import RequestError
 
 
-def rows(subproblems, available, **resources):
-    return [list(r) for r in place(subproblems, ResourcesConfig(**resources), available).rows]
+def rows(subproblems, *nodes, **resources):
+    return [list(r) for r in place(subproblems, ResourcesConfig(**resources), nodes).rows]
 
 
 def test_one_actor_for_each_subproblem_where_there_is_room():
@@ -25,13 +25,13 @@ def test_rows_are_packed_evenly_and_in_order_where_there_is_not():
 
 
 def test_every_actor_gets_a_gpu_where_there_are_some():
-    placed = place(8, ResourcesConfig(), {"CPU": 16.0, "GPU": 4.0})
+    placed = place(8, ResourcesConfig(), [{"CPU": 16.0, "GPU": 4.0}])
     assert (len(placed.rows), placed.gpus, placed.device) == (4, 1.0, "cuda:0")
 
 
 def test_without_gpus_or_without_wanting_them_the_cpu_trains():
-    assert place(2, ResourcesConfig(), {"CPU": 2.0}).device == "cpu"
-    assert place(2, ResourcesConfig(gpus_per_actor=0), {"CPU": 2.0, "GPU": 4.0}).device == "cpu"
+    assert place(2, ResourcesConfig(), [{"CPU": 2.0}]).device == "cpu"
+    assert place(2, ResourcesConfig(gpus_per_actor=0), [{"CPU": 2.0, "GPU": 4.0}]).device == "cpu"
 
 
 def test_fractions_of_a_gpu_and_several_cpus_count():
@@ -57,10 +57,28 @@ def test_more_actors_than_subproblems_are_no_request():
     assert len(rows(2, {"CPU": 2.0}, max_actors=8)) == 2
 
 
-def test_a_host_is_counted_once_whatever_else_ray_lists():
-    assert hosts({"CPU": 4.0}) == 1
-    assert hosts({"CPU": 4.0, "node:10.0.0.1": 1.0, "node:__internal_head__": 1.0}) == 1
-    assert hosts({"CPU": 4.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0}) == 2
+def test_an_actor_fits_on_a_machine_not_on_the_sum_of_several():
+    three = [{"CPU": 3.0}] * 3
+    assert len(rows(8, *three, cpus_per_actor=2)) == 3
+    with pytest.raises(RequestError, match=r"3 actors of 4 CPU.*the cluster has 2 hosts: 2 with 6 CPU.*at most 2"):
+        rows(8, {"CPU": 6.0}, {"CPU": 6.0}, cpus_per_actor=4, max_actors=3)
+    with pytest.raises(RequestError, match="takes 4 CPU; the cluster has 3 hosts: 3 with 3 CPU and 0 GPU"):
+        rows(8, *three, cpus_per_actor=4)
+
+
+def test_machines_may_differ_and_those_without_a_gpu_hold_no_actor_where_others_have_some():
+    head, small, large = {"CPU": 16.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 2.0, "GPU": 4.0}
+    placed = place(8, ResourcesConfig(), [head, small, large])
+    assert (len(placed.rows), placed.gpus) == (3, 1.0)  # the large one has processors for two
+    assert placed.hosts == (1, 2, 2)
+    assert place(2, ResourcesConfig(), [head, small, large]).hosts == (2, 2)
+
+
+def test_an_autoscaling_cluster_is_asked_for_what_is_not_there_yet():
+    asked = place(8, ResourcesConfig(autoscaling=True, max_actors=4, gpus_per_actor=1), [{"CPU": 1.0}])
+    assert (len(asked.rows), asked.gpus, asked.hosts) == (4, 1.0, ())
+    with pytest.raises(ValueError, match="autoscaling needs max_actors and gpus_per_actor"):
+        ResourcesConfig(autoscaling=True, max_actors=4)
 
 
 def test_ranks_of_a_host_stand_together_in_an_order_that_does_not_depend_on_the_bundles():

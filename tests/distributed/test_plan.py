@@ -1,10 +1,13 @@
 """What a plan decides and states, each figure worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy_problems import config
 
 from popmtl.config import Config
+from popmtl.distributed.mixing.collective import Routes
 from popmtl.distributed.plan import make_plan, replan
 from popmtl.errors import RequestError
 
@@ -13,7 +16,7 @@ TRUNK, HEADS = 40, 12
 
 
 def plan(data, cpus=4.0):
-    return make_plan(Config.model_validate(data), {"CPU": cpus})
+    return make_plan(Config.model_validate(data), [{"CPU": cpus}])
 
 
 def test_sizes_of_rows_and_of_what_is_sent():
@@ -35,6 +38,23 @@ def test_rows_that_are_taken_by_few_are_sent_to_few():
     assert made.routes.direct
     assert made.bytes_sent_per_step() == sum(map(len, made.routes.takes)) * TRUNK * 8
     assert made.bytes_sent_per_step() < plan(config(2, transfer={"transport": "collective"})).bytes_sent_per_step()
+
+
+def test_what_hosts_send_each_other_is_stated_apart():
+    def between(rooms):
+        data = config(4, transfer={"transport": "collective"})
+        made = make_plan(Config.model_validate(data), [{"CPU": room} for room in rooms])
+        assert made.placement.hosts == tuple(i for i, room in enumerate(rooms) for _ in range(int(room)))
+        return made.bytes_sent_per_step(), made.bytes_between_hosts_per_step()
+
+    # Four actors with a row each give three others a quarter of it, and get as much back; two are on the other host.
+    assert between([4.0]) == (2 * 4 * 3 * TRUNK // 4 * 8, 0)
+    assert between([2.0, 2.0]) == (2 * 4 * 3 * TRUNK // 4 * 8, 2 * 4 * 2 * TRUNK // 4 * 8)
+    assert between([1.0, 3.0]) == (2 * 4 * 3 * TRUNK // 4 * 8, 2 * 2 * 3 * TRUNK // 4 * 8)
+    takes = tuple(np.array(rows) for rows in ([1], [0, 2], [3, 1], [2]))
+    neighbours = Routes((1, 1, 1, 1), takes, direct=True)
+    assert neighbours.numbers_sent(TRUNK) == 6 * TRUNK
+    assert neighbours.numbers_sent(TRUNK, [0, 0, 1, 1]) == 2 * TRUNK
 
 
 def test_mixed_moments_are_sent_too_and_a_rounded_wire_halves_the_bytes():
@@ -65,19 +85,19 @@ def test_nothing_is_sent_without_transfer_or_on_one_actor():
     assert plan(config(1)).transport.name == "local"
 
 
-def two_hosts(**more):
-    return {"CPU": 4.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0, **more}
-
-
-def chosen(data, available):
-    made = make_plan(Config.model_validate(data), available)
+def chosen(data, *nodes):
+    made = make_plan(Config.model_validate(data), nodes)
     return made.transport.name, made.transport.why
 
 
 def test_the_transport_follows_from_where_the_actors_are(monkeypatch):
     assert chosen(config(1), {"CPU": 4.0}) == ("local", "one actor holds every row")
-    assert chosen(config(2), {"CPU": 4.0, "node:10.0.0.1": 1.0}) == ("shared_memory", "all actors on one host")
-    assert chosen(config(2), two_hosts()) == ("collective", "several hosts")
+    assert chosen(config(2), {"CPU": 4.0}) == ("shared_memory", "all actors on one host")
+    assert chosen(config(2), {"CPU": 1.0}, {"CPU": 1.0}) == ("collective", "several hosts")
+    assert chosen(config(2), {"CPU": 1.0}, {"CPU": 2.0}) == ("shared_memory", "all actors on one host")
+    yet = config(2)
+    yet["resources"] |= {"autoscaling": True, "gpus_per_actor": 0}
+    assert chosen(yet) == ("collective", "the hosts are yet to come")
     assert chosen(config(2), {"CPU": 4.0, "GPU": 2.0}) == ("collective", "actors on GPUs")
     half = config(2)
     half["resources"]["gpus_per_actor"] = 0.5
@@ -160,11 +180,11 @@ def test_a_coefficient_that_may_diverge_is_a_warning_and_no_error():
 
 def test_a_plan_on_fewer_actors_gives_each_what_it_had_and_takes_the_transport_for_them():
     made = plan(config(4, transfer={"transport": "auto"}))
-    fewer = replan(made, 2, {"CPU": 3.0})
-    assert [len(rows) for rows in fewer.placement.rows] == [2, 2]
-    assert (fewer.placement.cpus, fewer.placement.gpus) == (made.placement.cpus, made.placement.gpus)
+    two = plan(config(2)).placement
+    fewer = replan(made, two)
+    assert fewer.placement == two
     assert fewer.transport == made.transport
-    assert replan(made, 2, {"node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0}).transport.name == "collective"
-    alone = replan(made, 1, {"CPU": 1.0})
+    assert replan(made, replace(two, hosts=(0, 1))).transport.name == "collective"
+    alone = replan(made, plan(config(1)).placement)
     assert (alone.transport.name, alone.placement.rows) == ("local", (range(4),))
     assert alone.identity == made.identity

@@ -49,7 +49,7 @@ def test_a_run_that_is_profiled_ends_as_it_would_without(run):
 def blocks():
     """Two blocks of the same rows, and a chunk of steps for them."""
     data = config(1, train={"dtype": "float32"}) | {"tracking": {"enabled": False}}
-    plan = make_plan(Config.model_validate(data), {"CPU": 1.0})
+    plan = make_plan(Config.model_validate(data), [{"CPU": 1.0}])
     problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
     chunk = Chunk(0, plan.factors, plan.M, np.zeros(2))
     return *(Block(problem, range(4), plan.W, plan.recipe) for _ in range(2)), chunk

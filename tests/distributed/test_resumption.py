@@ -29,7 +29,7 @@ def plan_of(**more):
     data = config(1, train={"steps": STEPS, "evaluate_every": 10, "dtype": "float32", "execution": "loop"})
     data |= {"transfer": {"transport": "local", "schedule": "constant"}, "fine_tune": {"steps": FINE_TUNE}}
     data |= {"tracking": {"enabled": False}}
-    return make_plan(Config.model_validate(data | more), {"CPU": 1.0})
+    return make_plan(Config.model_validate(data | more), [{"CPU": 1.0}])
 
 
 def train(plan, folder, found=None, *, until=None):
@@ -254,7 +254,7 @@ def test_the_plan_of_a_resumed_config_is_of_the_same_identity(plan, tmp_path):
     folder = RunFolder.create(tmp_path, "run")
     folder.write_config(plan.config.resolved())
     read = Config.model_validate(yaml.safe_load((folder.path / "config.yaml").read_text()))
-    again = make_plan(read.model_copy(update={"storage": "elsewhere"}), {"CPU": 8.0})
+    again = make_plan(read.model_copy(update={"storage": "elsewhere"}), [{"CPU": 8.0}])
     assert json.loads(json.dumps(again.identity)) == json.loads(json.dumps(plan.identity))
 
 

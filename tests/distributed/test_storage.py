@@ -65,7 +65,7 @@ def test_a_full_disk_costs_checkpoints_and_no_lines(ray_of_four, small_disk):
         elif filler.exists() and progress.step >= full_at[0] + 750:
             filler.unlink()
 
-    plan = make_plan(Config.model_validate(data), {**ray_of_four, "GPU": 0.0})
+    plan = make_plan(Config.model_validate(data), [{**node, "GPU": 0.0} for node in ray_of_four])
     report = driver.run(plan, folder.path, "test", show)
     kinds = [event["kind"] for event in folder.events()]
     assert kinds.index("checkpoint") < kinds.index("checkpoint failed") < len(kinds) - kinds[::-1].index("checkpoint")

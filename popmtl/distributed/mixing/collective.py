@@ -53,19 +53,29 @@ class Routes:
     takes: tuple[NDArray[np.intp], ...]
     direct: bool
 
-    def numbers_sent_by_each(self, columns: int) -> list[int]:
-        """How many numbers each actor sends to others for a product of so many columns."""
-        ranks, N = len(self.sizes), sum(self.sizes)
-        if self.direct:
-            owner = np.repeat(np.arange(ranks), self.sizes)
-            gives = np.bincount(owner[np.concatenate(self.takes)], minlength=ranks)
-            return [columns * int(rows) for rows in gives]
-        widths = slab_widths(columns, ranks)
-        return [k * (columns - width) + (N - k) * width for k, width in zip(self.sizes, widths, strict=True)]
+    def numbers_sent_by_each(self, columns: int, hosts: Sequence[int] | None = None) -> list[int]:
+        """How many numbers each actor sends to others for a product of so many columns.
 
-    def numbers_sent(self, columns: int) -> int:
-        """How many numbers all actors together send to each other for a product of so many columns."""
-        return sum(self.numbers_sent_by_each(columns))
+        Args:
+            columns: of the product.
+            hosts: of the actors; given, only what goes from one to another counts.
+        """
+        ranks = range(len(self.sizes))
+        apart = hosts if hosts is not None else ranks
+        takers = [[taker for taker in ranks if apart[giver] != apart[taker]] for giver in ranks]
+        if self.direct:
+            owner = np.repeat(ranks, self.sizes)
+            gives = [sum(int((owner[self.takes[taker]] == giver).sum()) for taker in takers[giver]) for giver in ranks]
+            return [columns * rows for rows in gives]
+        sizes, widths = self.sizes, slab_widths(columns, len(self.sizes))
+        return [
+            sum(sizes[giver] * widths[taker] + sizes[taker] * widths[giver] for taker in takers[giver])
+            for giver in ranks
+        ]
+
+    def numbers_sent(self, columns: int, hosts: Sequence[int] | None = None) -> int:
+        """How many numbers all actors together send to each other; see `numbers_sent_by_each`."""
+        return sum(self.numbers_sent_by_each(columns, hosts))
 
 
 def find_routes(pattern: NDArray[np.bool_], sizes: Sequence[int]) -> Routes:

@@ -1,0 +1,62 @@
+"""A run on several hosts: network namespaces where they may be made, and several Rays of one host everywhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "several_hosts.py"
+NODES = """
+import sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from popmtl.cli import main
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+for _ in range(2):
+    cluster.add_node(num_cpus=2)
+code = main(["train", sys.argv[1], "--address", cluster.address, "--run-name", "run"])
+cluster.shutdown()
+sys.exit(code)
+"""
+
+
+def several_hosts(what):
+    done = subprocess.run([sys.executable, str(SCRIPT), what], capture_output=True, text=True, timeout=900)
+    if done.returncode == 2:
+        pytest.skip(done.stderr.strip())
+    return done
+
+
+@pytest.mark.slow
+def test_three_hosts_give_what_one_gives():
+    done = several_hosts("front")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "models and front differ: nowhere, bit for bit" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_host_that_is_cut_off_does_not_end_the_run():
+    done = several_hosts("cut")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "then on 10.77.0.1, 10.77.0.1, 10.77.0.2, 10.77.0.2" in done.stdout
+
+
+@pytest.mark.slow
+def test_what_goes_over_slow_links_is_what_the_plan_says():
+    done = several_hosts("slow")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_three_nodes_of_one_host_train_together(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"problem: vlmop2\npopulation: {{subproblems: 6}}\ntrain: {{steps: 20}}\nstorage: {tmp_path}\n"
+        "resources: {max_actors: 6}\ntransfer: {transport: collective}\ntracking: {enabled: false}\n"
+    )
+    command = [sys.executable, "-c", NODES, str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((tmp_path / "run" / "pareto" / "models").iterdir())) == 6
