@@ -59,6 +59,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed import driver
     from popmtl.distributed.placement import local_nodes
     from popmtl.distributed.plan import make_plan
+    from popmtl.distributed.profile import steps_needed
     from popmtl.distributed.resumption import find_checkpoint
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.storage import split
@@ -84,6 +85,11 @@ def train(options: argparse.Namespace) -> None:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
         nodes = session.enter_context(driver.cluster(options.address)) if options.address else local_nodes()
         plan = make_plan(config, nodes)
+        if options.profile and steps_needed(options.profile) > len(plan.factors):
+            needed = steps_needed(options.profile)
+            raise RequestError(
+                f"--profile {options.profile}: needs {needed} steps, and train.steps is {len(plan.factors)}"
+            )
         if options.dry_run:
             print_plan(console, plan)
             return
@@ -109,13 +115,17 @@ def train(options: argparse.Namespace) -> None:
         if not options.address:
             session.enter_context(driver.cluster(None, int(nodes[0]["CPU"])))
         with ProgressLine(console) as line:
-            report = driver.run(plan, folder.location, name, line.show, resumes=bool(options.resume))
+            resumes = bool(options.resume)
+            report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
     print_front(console, report.front)
     if report.fine_tuned:
         kept = sum(one.kept for one in report.fine_tuned)
         console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
     for what, file in (("explore", "explorer.html"), ("picture", "front.png"), ("models ", "models")):
         console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
+    if options.profile:  # what was said while it ran may have come too late to be shown
+        for event in [event for event in folder.events() if event["kind"] == "profile"][-1:]:
+            console.print(f"profile {event['trace']}", highlight=False, soft_wrap=True)
     print_warnings(console, [*report.unwritten, *(f"MLflow: {complaint}" for complaint in report.complaints)])
     if report.location:
         for hint in where_to_look(report.location, folder.location):
@@ -454,9 +464,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--resume", metavar="RUN", help="go on with the run at this path or URL from its last checkpoint"
     )
+    command.add_argument(
+        "--profile",
+        nargs="?",
+        type=_count,
+        const=20,
+        metavar="STEPS",
+        help="write a torch profiler's trace of so many MTGD steps of actor 0 to the run's folder; default: 20",
+    )
     command.set_defaults(call=train)
     _add_job_commands(commands)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number of steps")
+    return int(text)
 
 
 def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

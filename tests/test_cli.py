@@ -146,6 +146,10 @@ def test_a_bad_request_is_refused_in_one_message_before_anything_starts(refusal,
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_profile_of_more_steps_than_there_are_is_refused(refusal, no_ray):
+    assert refusal("--profile", "100", train={"steps": 100}) == "--profile 100: needs 113 steps, and train.steps is 100"
+
+
 def test_a_storage_url_needs_a_tracking_uri(refusal, plan_of, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     data = {"storage": "s3://bucket/runs"}
@@ -362,13 +366,16 @@ def runs_in_mlflow(folder):
 
 def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     train = {"steps": 20, "evaluate_every": 10, "optimizer": {"name": "Adam", "lr": 0.02}}
-    process = shell.start("train.steps=30", train=train, fine_tune={"steps": 5}, tracking={"models": "all"})
+    process = shell.start(
+        "train.steps=30", "--profile", "5", train=train, fine_tune={"steps": 5}, tracking={"models": "all"}
+    )
     out, err = process.communicate(timeout=240)
     assert process.returncode == OK, err
     assert "Traceback" not in err
     run = shell.run
     assert run.config()["train"]["steps"] == 30
-    assert [event["kind"] for event in run.events()] == ["started", "ready", "trained", "finished"]
+    assert [event["kind"] for event in run.events()] == ["started", "ready", "profile", "trained", "finished"]
+    assert f"profile {run.path / 'profile' / 'actor-0.json.gz'}\n" in out
     mtgd = [record for record in run.metrics() if record["stage"] == "mtgd"]
     assert [record["step"] for record in mtgd] == [0, 10, 20, 30]
     assert mtgd[-1]["hypervolume"] > mtgd[0]["hypervolume"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from popmtl.config import Config
+from popmtl.distributed.metrics import FIGURES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +53,11 @@ def test_the_keys_and_defaults_of_the_readme_are_those_of_the_config():
     documented = yaml.safe_load(block("yaml", "min_weight"))
     given = {"problem": documented["problem"], "population": {"subproblems": documented["population"]["subproblems"]}}
     assert documented == Config.model_validate(given).resolved()
+
+
+def test_the_figures_that_the_readme_names_are_those_that_runs_report():
+    named = re.findall(r"`(ray_popmtl_\w+)`", (ROOT / "README.md").read_text())
+    assert sorted(named) == sorted(figure.exported for figure in FIGURES)
 
 
 def test_what_the_readme_points_to_exists():

@@ -1,6 +1,7 @@
 """A problem for the tests that Ray's workers import by name, and a config that runs it."""
 
 import socket
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -60,6 +61,15 @@ class NoisyRegression(Problem):
 
     def transfers(self, parameter):
         return parameter.startswith("trunk")
+
+
+class Lingers(NoisyRegression):
+    """Takes its time over the test split: what was told before, Ray has reported when the run ends."""
+
+    def evaluation_batches(self, split):
+        if split == "test":
+            time.sleep(2)
+        return super().evaluation_batches(split)
 
 
 class Planted(NoisyRegression):

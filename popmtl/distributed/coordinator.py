@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from popmtl.distributed.crew import Crew, nodes_now, room
+from popmtl.distributed.metrics import GENERATION, HYPERVOLUME, RECOVERIES, STEP, STEPS_PER_SECOND, Metrics
 from popmtl.distributed.placement import place
 from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
+from popmtl.distributed.profile import steps_needed
 from popmtl.distributed.progress import Progress, Report, Stage
 from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, Steps
@@ -54,8 +56,16 @@ CLOSE_SECONDS = 5.0
 class Coordinator:
     """Runs a plan. An asynchronous actor, so that `exchange` and `progress` are answered while `run` waits."""
 
-    def __init__(self, plan: RunPlan, folder: str | os.PathLike[str], config_name: str, resumes: bool = False) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        folder: str | os.PathLike[str],
+        config_name: str,
+        resumes: bool = False,
+        profile: int | None = None,
+    ) -> None:
         self.plan, self.folder, self.config_name, self.resumes = plan, RunFolder(folder), config_name, resumes
+        self.profile, self.metrics = profile, Metrics(self.folder.name)
         self.course = self._new_course()
         self.resumption: Resumption | None = None
         self.executions: list[Execution] | None = None
@@ -67,6 +77,9 @@ class Coordinator:
         self.started: Crew | None = None
         self.sink: MlflowSink | None = None
         self.task: asyncio.Task[Report] | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.folder.name} coordinator"
 
     @property
     def crew(self) -> Crew:
@@ -90,6 +103,7 @@ class Coordinator:
         held = self.folder.held(COORDINATOR_LOCK, wait=self.plan.config.resources.start_timeout)
         with ExitStack() as alone:
             await asyncio.to_thread(alone.enter_context, held)
+            alone.callback(asyncio.ensure_future(self.metrics.repeat()).cancel)
             return await self._run()
 
     async def _run(self) -> Report:
@@ -261,7 +275,10 @@ class Coordinator:
 
     async def _start_actors(self) -> None:
         starts = ("started", "resumed", "recovering")  # one of them precedes each start of actors
-        self.generation = sum(event["kind"] in starts for event in self.folder.events()) - 1
+        kinds = [event["kind"] for event in self.folder.events()]
+        self.generation = sum(kind in starts for kind in kinds) - 1
+        self.metrics.tell(GENERATION, self.generation)
+        self.metrics.tell(RECOVERIES, kinds.count("recovering"))
         self.started = crew = await self._find_room()
         self.now = replace(self.now, awaits=None)
         await self._fit_transport()
@@ -279,6 +296,8 @@ class Coordinator:
         arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self.crew.all("setup", *arguments, limit="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
+        if self.profile:
+            await crew.one(0, "trace", self.profile)
         self.was_ready = True
         self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
@@ -303,12 +322,14 @@ class Coordinator:
         """Starts the actors; where a run that had them finds no room for as many any more, fewer."""
         resources, placement = self.plan.config.resources, self.plan.placement
         if not self.was_ready:
-            return await Crew.start(placement, resources, tell=self._await)
+            return await Crew.start(self.folder.name, placement, resources, tell=self._await)
         deadline = time.monotonic() + resources.start_timeout
         while True:
             left = max(0.0, deadline - time.monotonic())
             try:
-                return await Crew.start(placement, resources, min(left, ROOM_SECONDS), tell=self._await)
+                return await Crew.start(
+                    self.folder.name, placement, resources, min(left, ROOM_SECONDS), tell=self._await
+                )
             except NoRoom:
                 # What others have taken may become free again; a node that is gone is seldom back in seconds.
                 actors = room(placement, free=left <= ROOM_SECONDS)
@@ -327,7 +348,7 @@ class Coordinator:
                 actors=self.plan.placement.describe(),
                 transport=self.plan.transport.name,
             )
-        return await Crew.start(self.plan.placement, resources, tell=self._await)
+        return await Crew.start(self.folder.name, self.plan.placement, resources, tell=self._await)
 
     def _await(self, what: str) -> None:
         self.now = replace(self.now, awaits=what)
@@ -347,12 +368,17 @@ class Coordinator:
         self._enter("training", len(self.plan.factors))
         if not self.course.history:
             await self._observe()
-        longest, start, stepping, control, first = 1, time.monotonic(), 0.0, 0.0, self.course.step
+        longest, start, stepping, waited, control, first = 1, time.monotonic(), 0.0, 0.0, 0.0, self.course.step
         while chunk := self.course.next_chunk(self._until_checkpoint(self.course.step, longest)):
             asked = time.monotonic()
             steps: list[Steps] = await self.crew.all("run_steps", chunk)
-            taken = max(step.seconds for step in steps)
-            stepping, control = stepping + taken, control + time.monotonic() - asked - taken
+            slowest = max(steps, key=lambda step: step.seconds)
+            taken = slowest.seconds
+            stepping, waited, control = (
+                stepping + taken,
+                waited + slowest.waited,
+                control + time.monotonic() - asked - taken,
+            )
             longest = max(1, round(CHUNK_SECONDS * len(chunk) / taken))
             due = self.course.advance(chunk)
             self._took(self.course.step, start, steps, chunk.first, first)
@@ -364,7 +390,11 @@ class Coordinator:
             if self._checkpoint_due(self.course.step):
                 await self._start_checkpoint(None)
         steps_taken = self.course.step - first
-        self.folder.append_event("trained", steps=steps_taken, step_seconds=stepping, control_seconds=control)
+        self.folder.append_event(
+            "trained", steps=steps_taken, step_seconds=stepping, exchange_seconds=waited, control_seconds=control
+        )
+        if self.profile:
+            self._profiled(f"none: fewer than {steps_needed(self.profile)} steps were left")
 
     async def _reseed(self) -> None:
         """Has the rows that are out, and not for good, start again."""
@@ -388,6 +418,7 @@ class Coordinator:
     def _record(self, stage: str, seen: Observation, more: Mapping[str, Any] | None = None) -> None:
         """Writes an evaluation on the validation split to the run folder and to MLflow."""
         self.now = replace(self.now, hypervolume=seen.hypervolume)
+        self.metrics.tell(HYPERVOLUME, seen.hypervolume)
         record = {"stage": stage, "step": seen.step, "hypervolume": seen.hypervolume, "front_size": seen.front_size}
         self.folder.append_metrics({**record, "validation": seen.F.tolist(), **(more or {})})
         if self.sink:
@@ -482,6 +513,11 @@ class Coordinator:
         if self.sink:
             self.sink.log_event(kind, text)
 
+    def _profiled(self, trace: str) -> None:
+        """What has become of the trace that was asked for; a recovery need not take another."""
+        self.profile = None
+        self._event("profile", trace=trace)
+
     def _release(self) -> None:
         """Lets go of the actors."""
         if self.started:
@@ -499,6 +535,8 @@ class Coordinator:
 
     def _took(self, step: int, start: float, steps: Sequence[Steps], first: int, resumed: int) -> None:
         losses = np.concatenate([taken.losses for taken in steps], axis=1)
+        if steps[0].traced:
+            self._profiled(steps[0].traced)
         for departed in (departed for taken in steps for departed in taken.departures):
             self._event("left", step=departed.step, subproblem=departed.subproblem, why=departed.why)
         finite = losses[np.isfinite(losses)]
@@ -508,6 +546,8 @@ class Coordinator:
             losses=(float(finite.min()), float(finite.max())) if len(finite) else None,
             steps_per_second=(step - resumed) / (time.monotonic() - start),
         )
+        self.metrics.tell(STEP, first + len(losses))
+        self.metrics.tell(STEPS_PER_SECOND, self.now.steps_per_second or 0.0)
         if self.sink:
             self.sink.log_training_losses(np.arange(first, first + len(losses)) + 1, losses)
 

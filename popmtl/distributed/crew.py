@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from popmtl.config import ResourcesConfig
 from popmtl.distributed.mixing.coordinator import Exchange
-from popmtl.distributed.placement import Nodes, Placement, in_words, rank_order
+from popmtl.distributed.placement import Nodes, Placement, describe_actor, in_words, rank_order
 from popmtl.distributed.subproblem import SubproblemActor
 from popmtl.errors import ActorLost, NoRoom
 
@@ -51,6 +51,7 @@ class Crew:
     @classmethod
     async def start(
         cls,
+        run: str,
         placement: Placement,
         resources: ResourcesConfig,
         patience: float = math.inf,
@@ -60,10 +61,11 @@ class Crew:
         """Starts an actor for each block of rows.
 
         Args:
+            run: its name, which the actors show.
             placement: of the rows.
             resources: says how long to wait for room and, later, for the actors' answers.
             patience: seconds to wait for room, if that is shorter.
-            actor: class of the actors, made with their rank.
+            actor: class of the actors, made with the run's name, their rank and their rows.
             tell: is told what is awaited, every few seconds.
 
         Raises:
@@ -91,7 +93,9 @@ class Crew:
         for rank, index in enumerate(order):
             scheduling = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "scheduling_strategy": scheduling}
-            actors.append(actor.options(**options).remote(rank))
+            # Unique: two actors of a name in a namespace are an error, and runs of a name need not know of each other.
+            options["name"] = f"popmtl {run} actor {rank} {uuid4().hex[:12]}"
+            actors.append(actor.options(**options).remote(run, rank, placement.rows[rank]))
         hosts = [addresses[nodes[index]] for index in order]
         return cls(placement, group, actors, hosts, resources)
 
@@ -128,8 +132,7 @@ class Crew:
 
     async def one(self, rank: int, method: str, *arguments: Any, limit: str = "chunk_timeout") -> Any:
         """Calls a method on one actor; see `all`."""
-        rows, seconds = self.placement.rows[rank], getattr(self.resources, limit)
-        name = f"actor {rank} (subproblems {rows.start} to {rows.stop - 1})"
+        seconds, name = getattr(self.resources, limit), describe_actor(rank, self.placement.rows[rank])
         try:
             return await asyncio.wait_for(_awaitable(getattr(self.actors[rank], method).remote(*arguments)), seconds)
         except asyncio.TimeoutError:

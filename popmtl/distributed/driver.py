@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -24,6 +25,7 @@ from popmtl.distributed.placement import Nodes
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.progress import Progress, Report
 from popmtl.errors import RequestError, RunError
+from popmtl.runs.storage import split
 
 _Coordinator: Any = ray.remote(Coordinator)
 
@@ -87,6 +89,7 @@ def run(
     show: Callable[[Progress], None],
     *,
     resumes: bool = False,
+    profile: int | None = None,
 ) -> Report:
     """Runs a plan on the Ray that is connected, from its folder's last checkpoint if it `resumes`; shows its progress.
 
@@ -96,6 +99,7 @@ def run(
         config_name: what MLflow's experiment is named by.
         show: is called with the progress, several times a minute.
         resumes: from the folder's last checkpoint.
+        profile: steps to write a trace of; None for none.
 
     Raises:
         RunError: the run failed.
@@ -104,8 +108,9 @@ def run(
     # Ray places what takes no resources anywhere, and a soft affinity too: beside the driver, the loss of another node
     # cannot take the coordinator along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": here}
-    coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes)
+    name = f"popmtl {split(os.fspath(folder))[1]} coordinator {uuid4().hex[:12]}"  # unique, as those of its actors
+    options = {"num_cpus": 0, "scheduling_strategy": here, "name": name}
+    coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes, profile)
     ending = coordinator.run.remote()
     try:
         with _signals_interrupt() as check:

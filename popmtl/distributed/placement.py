@@ -49,6 +49,11 @@ class Placement:
         return min(by_cpu, int(node.get("GPU", 0.0) / self.gpus + 1e-9)) if self.gpus else by_cpu
 
 
+def describe_actor(rank: int, rows: range) -> str:
+    """An actor in words, for errors, logs and Ray's dashboard."""
+    return f"actor {rank} (subproblems {rows.start} to {rows.stop - 1})"
+
+
 def place(subproblems: int, resources: ResourcesConfig, nodes: Nodes) -> Placement:
     """Spreads N rows over as many actors as there is room for, or over `max_actors` of them.
 

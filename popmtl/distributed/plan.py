@@ -118,14 +118,20 @@ class RunPlan:
         """What the actors send each other by the collective transport."""
         return find_routes(np.eye(len(self.M)) != self.M, [len(rows) for rows in self.placement.rows])
 
-    def bytes_sent_per_step(self) -> int:
-        """Bytes that all actors together send for the transfer of one step; in shared memory nothing is sent."""
+    def bytes_sent_by_each(self) -> list[int]:
+        """Bytes that each actor sends for the transfer of one step; in shared memory nothing is sent.
+
+        What the coordinator sends back to an actor is counted as that actor's.
+        """
         itemsize = 2 if self.config.transfer.wire_dtype else self.recipe.dtype.itemsize
-        if self.transport.name in ("local", "shared_memory"):
-            return 0
-        if self.transport.name == "coordinator":
-            return 2 * len(self.W) * self.width * itemsize
-        return self.routes.numbers_sent(self.width) * itemsize
+        if self.transport.name == "collective":
+            return [numbers * itemsize for numbers in self.routes.numbers_sent_by_each(self.width)]
+        there_and_back = 2 if self.transport.name == "coordinator" else 0
+        return [there_and_back * len(rows) * self.width * itemsize for rows in self.placement.rows]
+
+    def bytes_sent_per_step(self) -> int:
+        """Bytes that all actors together send for the transfer of one step."""
+        return sum(self.bytes_sent_by_each())
 
     def bytes_between_hosts_per_step(self) -> int:
         """What of these bytes hosts send to each other by the collective transport, on the hosts that are expected."""

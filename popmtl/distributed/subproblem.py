@@ -15,12 +15,16 @@ from ray.actor import ActorHandle
 from safetensors import SafetensorError
 from torch import Tensor
 
+from popmtl.distributed.metrics import BYTES_SENT, EXCHANGE_SECONDS, STEP_SECONDS, STEPS, Metrics
 from popmtl.distributed.mixing import collective, shared_memory
 from popmtl.distributed.mixing.collective import Collective, Group
 from popmtl.distributed.mixing.coordinator import CoordinatorMixing
 from popmtl.distributed.mixing.overlap import Background, SideStream
 from popmtl.distributed.mixing.shared_memory import SharedMemory
+from popmtl.distributed.mixing.timed import Timed
+from popmtl.distributed.placement import describe_actor
 from popmtl.distributed.plan import RunPlan
+from popmtl.distributed.profile import Profile
 from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
@@ -35,11 +39,21 @@ from popmtl.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Steps:
-    """What an actor reports of the steps it took: training losses (n, k, m), seconds, and rows that left in them."""
+    """What an actor reports of the steps it took.
+
+    Attributes:
+        losses: of training, (n, k, m).
+        seconds: that they took.
+        waited: of these, waiting for the transfer; see `Timed`.
+        departures: of rows that left in them.
+        traced: what has become of the trace that they were to be in; None if there is none, or not yet.
+    """
 
     losses: NDArray[np.float64]
     seconds: float
+    waited: float
     departures: Sequence[Departure]
+    traced: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,14 @@ class Resumption:
 class SubproblemActor:
     """One Ray actor, one device, k ≥ 1 subproblems. Everything mathematical is the block's."""
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, run: str, rank: int, rows: range) -> None:
+        self.run, self.rank, self.rows = run, rank, rows
+        self.metrics = Metrics(run, rank)
+        self.profile: Profile | None = None
 
     def __repr__(self) -> str:
-        return f"SubproblemActor(rank={self.rank})"
+        # Ray asks once, after the constructor, and shows it from then on.
+        return f"{self.run} {describe_actor(self.rank, self.rows)}"
 
     def prove_storage(self, folder: RunFolder, token: str) -> str | None:
         """Takes the run's folder, and shows that it is the coordinator's; what is wrong, where it is not."""
@@ -92,7 +109,7 @@ class SubproblemActor:
         """
         torch.set_num_threads(plan.placement.cpus)
         problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
-        rows, self.mixing = self._transport(plan, coordinator, hosts, meeting, generation)
+        rows, mixing = self._transport(plan, coordinator, hosts, meeting, generation)
         self.block = Block(
             problem,
             plan.placement.rows[self.rank],
@@ -102,6 +119,8 @@ class SubproblemActor:
             rows=rows,
             bucket_bytes=plan.transport.bucket_bytes,
         )
+        self.mixing = Timed(mixing or self.block.mix_locally)
+        self.bytes_per_column = plan.bytes_sent_by_each()[self.rank] / max(1, plan.width)
         self.aligned = plan.aligned
         self.fine_tuning: FineTuning | None = None
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -171,8 +190,25 @@ class SubproblemActor:
     def run_steps(self, chunk: Chunk) -> Steps:
         """Takes the steps of a chunk."""
         start = time.perf_counter()
-        losses = self.block.run(chunk, self.mixing)
-        return Steps(losses, time.perf_counter() - start, self.block.take_departures())
+        take = self.profile.run if self.profile else Block.run
+        losses = take(self.block, chunk, self.mixing)
+        return self._report(losses, time.perf_counter() - start)
+
+    def trace(self, steps: int) -> None:
+        """Has so many of the next steps be in a trace."""
+        self.profile = Profile(steps, self.folder)
+
+    def _report(self, losses: NDArray[np.float64], seconds: float) -> Steps:
+        """What the coordinator is told of steps, and Prometheus."""
+        waited, columns = self.mixing.take()
+        self.metrics.tell(STEPS, len(losses))
+        self.metrics.tell(STEP_SECONDS, seconds)
+        self.metrics.tell(EXCHANGE_SECONDS, waited)
+        self.metrics.tell(BYTES_SENT, columns * self.bytes_per_column)
+        traced = self.profile.outcome if self.profile else None
+        if traced:
+            self.profile = None
+        return Steps(losses, seconds, waited, self.block.take_departures(), traced)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
         """The rows' objective values and metrics."""
@@ -188,7 +224,7 @@ class SubproblemActor:
         assert self.fine_tuning is not None  # it was started
         start = time.perf_counter()
         losses = self.fine_tuning.run(first, steps)
-        return Steps(losses, time.perf_counter() - start, self.block.take_departures())
+        return self._report(losses, time.perf_counter() - start)
 
     def finish_fine_tuning(self) -> list[FineTuned]:
         """Leaves the stage, each model as it is better."""

@@ -11,9 +11,10 @@ from popmtl.distributed import driver
 def ray_of_four():
     """One Ray for all tests: it takes seconds to start. Four slots, however many cores there are.
 
-    It also has three GPUs, which are not there: Ray does not look.
+    It also has three GPUs, which are not there: Ray does not look. It reports figures as often as it ever does.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "1000")
         patch.setattr(ray, "init", functools.partial(ray.init, num_gpus=3))
         with driver.cluster(None, cpus=4) as resources:
             yield resources
@@ -24,10 +25,10 @@ def run(ray_of_four, tmp_path):
     """Runs a config, given as plain data, and returns its plan, folder and report."""
     runs = 0
 
-    def start(data, show=lambda progress: None):
+    def start(data, show=lambda progress: None, **options):
         nonlocal runs
         runs += 1
-        return run_in(tmp_path / "runs", f"run-{runs}", ray_of_four, data, show)
+        return run_in(tmp_path / "runs", f"run-{runs}", ray_of_four, data, show, **options)
 
     return start
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from popmtl.distributed.mixing.overlap import Background
+from popmtl.distributed.mixing.timed import Timed
 from popmtl.method.mixing import deferred
 from popmtl.method.mtgd import Block, Chunk, Recipe
 from popmtl.method.problem import Problem
@@ -111,6 +112,16 @@ def test_adapt_then_combine_hides_what_the_backward_pass_has_finished():
     whole = seconds_a_step("adapt_then_combine", Background(slow_link))
     assert whole == pytest.approx(alone + hidden + rest, rel=0.1)
     assert by_buckets < whole
+
+
+@on_a_machine_that_others_use_too
+def test_the_time_of_an_exchange_is_what_the_steps_wait_for():
+    hidden, seen = Timed(Background(slow_link)), Timed(deferred(slow_link))
+    seconds_a_step("consensus", hidden)
+    seconds_a_step("consensus", seen)
+    assert 0 < hidden.take()[0] < 0.1 * STEPS * WAIT
+    assert seen.take() == (pytest.approx(STEPS * WAIT, rel=0.1), STEPS * 90)
+    assert seen.take() == (0, 0)
 
 
 def test_what_the_exchange_raises_ends_the_step():

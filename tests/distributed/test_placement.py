@@ -7,7 +7,7 @@ import ray
 
 from popmtl.config import ResourcesConfig
 from popmtl.distributed.crew import Crew
-from popmtl.distributed.placement import place, rank_order
+from popmtl.distributed.placement import Placement, place, rank_order
 from popmtl.errors import RequestError
 
 
@@ -95,7 +95,7 @@ def test_ranks_of_hosts_with_names_have_an_order_too():
 
 
 class Where:
-    def __init__(self, rank):
+    def __init__(self, run, rank, rows):
         self.rank = rank
 
     def here(self):
@@ -107,7 +107,7 @@ def test_each_actor_has_a_gpu_to_itself_and_rows_are_packed_where_gpus_are_few(r
     placement = place(subproblems, ResourcesConfig(), ray_of_four)
     assert [len(held) for held in placement.rows] == packed
     assert placement.device == "cuda:0"
-    crew = asyncio.run(Crew.start(placement, ResourcesConfig(), actor=ray.remote(Where)))
+    crew = asyncio.run(Crew.start("run", placement, ResourcesConfig(), actor=ray.remote(Where)))
     try:
         found = asyncio.run(crew.all("here"))
     finally:
@@ -117,3 +117,13 @@ def test_each_actor_has_a_gpu_to_itself_and_rows_are_packed_where_gpus_are_few(r
     assert [gpus for _, gpus, _ in found] == [[visible] for visible in seen], "one each, and Ray shows it no other"
     assert len(set(seen)) == len(packed)
     assert len(crew.hosts) == len(packed)
+
+
+def test_two_runs_of_one_name_may_be_in_one_namespace(ray_of_four):
+    placement, where = Placement((range(1),), 1, 0.0), ray.remote(Where)
+    crews = [asyncio.run(Crew.start("run", placement, ResourcesConfig(), actor=where)) for _ in range(2)]
+    try:
+        assert [asyncio.run(crew.all("here"))[0][0] for crew in crews] == [0, 0]
+    finally:
+        for crew in crews:
+            crew.release()

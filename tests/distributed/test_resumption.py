@@ -36,7 +36,7 @@ def train(plan, folder, found=None, *, until=None):
     """What the coordinator does, with one actor in this process: a checkpoint every 10 steps of MTGD, and at half of
     the fine-tuning."""
     course = Course(plan.W, plan.M, plan.factors, 10, plan.ideal_point, plan.reference_point)
-    actor, resumption, done = SubproblemActor(0), None, 0
+    actor, resumption, done = SubproblemActor("run", 0, range(4)), None, 0
     if found:
         name, record = found
         course.restore(record["course"])

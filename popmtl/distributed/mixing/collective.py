@@ -53,8 +53,8 @@ class Routes:
     takes: tuple[NDArray[np.intp], ...]
     direct: bool
 
-    def numbers_sent(self, columns: int, hosts: Sequence[int] | None = None) -> int:
-        """How many numbers all actors together send to each other for a product of so many columns.
+    def numbers_sent_by_each(self, columns: int, hosts: Sequence[int] | None = None) -> list[int]:
+        """How many numbers each actor sends to others for a product of so many columns.
 
         Args:
             columns: of the product.
@@ -62,12 +62,20 @@ class Routes:
         """
         ranks = range(len(self.sizes))
         apart = hosts if hosts is not None else ranks
-        pairs = [(giver, taker) for giver in ranks for taker in ranks if apart[giver] != apart[taker]]
+        takers = [[taker for taker in ranks if apart[giver] != apart[taker]] for giver in ranks]
         if self.direct:
             owner = np.repeat(ranks, self.sizes)
-            return columns * sum(int((owner[self.takes[taker]] == giver).sum()) for giver, taker in pairs)
-        widths = slab_widths(columns, len(self.sizes))
-        return 2 * sum(self.sizes[giver] * widths[taker] for giver, taker in pairs)
+            gives = [sum(int((owner[self.takes[taker]] == giver).sum()) for taker in takers[giver]) for giver in ranks]
+            return [columns * rows for rows in gives]
+        sizes, widths = self.sizes, slab_widths(columns, len(self.sizes))
+        return [
+            sum(sizes[giver] * widths[taker] + sizes[taker] * widths[giver] for taker in takers[giver])
+            for giver in ranks
+        ]
+
+    def numbers_sent(self, columns: int, hosts: Sequence[int] | None = None) -> int:
+        """How many numbers all actors together send to each other; see `numbers_sent_by_each`."""
+        return sum(self.numbers_sent_by_each(columns, hosts))
 
 
 def find_routes(pattern: NDArray[np.bool_], sizes: Sequence[int]) -> Routes:
