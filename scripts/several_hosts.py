@@ -60,7 +60,8 @@ class Hosts:
             raise OSError("network namespaces need root")
         if not (shutil.which("ip") and shutil.which("tc")):
             raise OSError("network namespaces need ip and tc, of iproute2")
-        self.cpus, self.folder = list(cpus), folder
+        self.cpus, self.folder, self.work = list(cpus), folder, folder / "work"
+        self.work.mkdir()
         mark = f"{os.getpid() % 10_000}{secrets.token_hex(1)}"
         self.bridge = f"pmb{mark}"
         self.spaces = [f"popmtl-{mark}-{i}" for i in range(len(cpus))]
@@ -177,7 +178,7 @@ while sum(node["Alive"] for node in ray.nodes()) < {i + 1}:
 
     def popmtl(self, *arguments: str, seconds: float = RUN_SECONDS) -> subprocess.CompletedProcess[str]:
         """A popmtl command on the head, in the folder with the configs."""
-        return self.run(0, [sys.executable, "-m", "popmtl", *arguments], seconds, cwd=self.folder)
+        return self.run(0, [sys.executable, "-m", "popmtl", *arguments], seconds, cwd=self.work)
 
     def train(self, config: dict[str, Any], name: str) -> RunFolder:
         """Submits a run, and waits for its end.
@@ -192,7 +193,7 @@ while sum(node["Alive"] for node in ray.nodes()) < {i + 1}:
 
     def write(self, config: dict[str, Any], name: str) -> str:
         """Writes a config to where commands are given; its name there."""
-        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump({"storage": str(self.folder / "runs"), **config}))
+        (self.work / f"{name}.yaml").write_text(yaml.safe_dump({"storage": str(self.folder / "runs"), **config}))
         return f"{name}.yaml"
 
     def folder_of(self, name: str) -> RunFolder:
@@ -318,7 +319,7 @@ def cut() -> bool:
     with hosts(2, 2, 2) as made:
         name = made.write(config, "cut")
         follower = made.start(
-            0, [sys.executable, "-m", "popmtl", "submit", name, "--run-name", "cut"], cwd=made.folder,
+            0, [sys.executable, "-m", "popmtl", "submit", name, "--run-name", "cut"], cwd=made.work,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         run = made.folder_of("cut")
@@ -401,6 +402,7 @@ def table() -> bool:
                 plan = plan_of(config_of(N, steps, hidden), [2] * count)
                 found[N, count] = {
                     "step": trained["step_seconds"] / steps,
+                    "waits": trained["exchange_seconds"] / steps,
                     "alone": alone["step_seconds"] / steps,
                     "actors": len(plan.placement.rows),
                     "rows": max(map(len, plan.placement.rows)),
@@ -424,11 +426,12 @@ def table() -> bool:
         f"model: {1e3 * weights[0]:.3f} ms a row and processor, {1e3 * weights[1]:.3f} ms an actor, "
         f"{1e9 * weights[2]:.3f} ns a byte; from {fitted}"
     )
-    names = ["N", "hosts", "actors", "step ms", "without transfer ms", "sent kB", "between hosts kB", "on the wire kB"]
+    times, sizes = ["step", "waits for exchange", "without transfer"], ["sent", "between hosts", "on the wire"]
+    names = ["N", "hosts", "actors", *(f"{name} ms" for name in times), *(f"{name} kB" for name in sizes)]
     print("| " + " | ".join([*names, "model ms", "error"]) + " |")
     print("|---" * (len(names) + 2) + "|")
     for (N, count), one, guess in zip(found, found.values(), predicted, strict=True):
-        times = f"{1e3 * one['step']:.2f} | {1e3 * one['alone']:.2f}"
+        times = " | ".join(f"{1e3 * one[key]:.2f}" for key in ("step", "waits", "alone"))
         sizes = f"{one['bytes'] / 1e3:.0f} | {one['between'] / 1e3:.0f} | {one['wire'] / 1e3:.0f}"
         error = f"{1e3 * guess:.2f} | {guess / one['step'] - 1:+.0%}"
         print(f"| {N} | {count} | {one['actors']:.0f} | {times} | {sizes} | {error} |")

@@ -135,10 +135,10 @@ class Jobs:
                 with suppress(asyncio.TimeoutError):  # the connection may be gone without a word
                     asyncio.run(tail())
                 details = self._client.get_job_info(job)
+                answered = time.monotonic()
                 if details.status.is_terminal():
                     write(self._client.get_job_logs(job)[written:])  # the tail may end before the output does
-                    return _exit_code(job, details)
-                answered = time.monotonic()
+                    break
             except (OSError, RuntimeError, ClientError, requests.RequestException) as error:  # seldom
                 if time.monotonic() - answered > AWAY_SECONDS:
                     raise RunError(
@@ -146,6 +146,7 @@ class Jobs:
                         f"popmtl status {job} --address {self.address}"
                     ) from error
             time.sleep(AGAIN_SECONDS)
+        return _exit_code(job, details)
 
     def details(self, job: str) -> JobDetails:
         """A job.

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._C._profiler import _ExperimentalConfig
 
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk
@@ -40,6 +39,9 @@ class Profile:
     """
 
     def __init__(self, steps: int, folder: RunFolder) -> None:
+        # Not torch's public interface: a torch without it trains none the less.
+        from torch._C._profiler import _ExperimentalConfig
+
         self.folder, self.left = folder, steps_needed(steps)
         self.outcome: str | None = None
         self.profiler = torch.profiler.profile(

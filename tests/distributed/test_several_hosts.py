@@ -44,12 +44,6 @@ def test_a_host_that_is_cut_off_does_not_end_the_run():
 
 
 @pytest.mark.slow
-def test_what_goes_over_slow_links_is_what_the_plan_says():
-    done = several_hosts("slow")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
 def test_three_nodes_of_one_host_train_together(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(
