@@ -42,6 +42,8 @@ START_SECONDS, RUN_SECONDS, END_SECONDS = 120.0, 600.0, 20.0
 LINK_BITS = 100e6
 SAMPLE_SECONDS, IDLE_SECONDS = 0.2, 5.0
 NS, HOSTS = (4, 8, 16, 32), (1, 2, 3)
+CALIBRATION = ((32, 1), (32, 3))
+"""N and hosts that the model of the time is taken from."""
 
 
 class Hosts:
@@ -389,7 +391,7 @@ def slow() -> bool:
 
 
 def table() -> bool:
-    """Steps of N models on several hosts; a model of their time from three of the figures."""
+    """Steps of N models on several hosts; a model of their time from two of the figures."""
     hidden, steps = 128, 200
     found: dict[tuple[int, int], dict[str, float]] = {}
     for count in HOSTS:
@@ -412,19 +414,15 @@ def table() -> bool:
                 }
                 print(json.dumps({"N": N, "hosts": count, **found[N, count]}), flush=True)
     cores = os.cpu_count() or 1
-    # One actor's step: its rows' passes, and the exchange, whose part that no pass hides is a start-up and a share of
-    # what it sends. All actors share this machine's processors.
-    design = [[one["actors"] * one["rows"] / min(cores, one["actors"]), one["actors"], one["bytes"]] for one in
-              found.values()]  # fmt: skip
-    steps_taken = np.array([one["step"] for one in found.values()])
-    fitted = [(4, 1), (8, 2), (32, 3)]
-    chosen = [list(found).index(key) for key in fitted]
-    A = np.array(design)
-    weights = np.linalg.solve(A[chosen], steps_taken[chosen])
-    predicted = A @ weights
+    # The processors share the rows' passes; actors beyond one a processor wait for their turn in each exchange.
+    design = np.array([[N / cores, max(0, one["actors"] - cores)] for (N, _), one in found.items()])
+    taken = np.array([one["step"] for one in found.values()])
+    chosen = [list(found).index(key) for key in CALIBRATION]
+    weights = np.linalg.solve(design[chosen], taken[chosen])
+    predicted = design @ weights
     print(
-        f"model: {1e3 * weights[0]:.3f} ms a row and processor, {1e3 * weights[1]:.3f} ms an actor, "
-        f"{1e9 * weights[2]:.3f} ns a byte; from {fitted}"
+        f"model, from N and hosts {CALIBRATION}: {1e3 * weights[0]:.2f} ms a row and processor, {1e3 * weights[1]:.2f} "
+        "ms for each actor beyond the processors"
     )
     times, sizes = ["step", "waits for exchange", "without transfer"], ["sent", "between hosts", "on the wire"]
     names = ["N", "hosts", "actors", *(f"{name} ms" for name in times), *(f"{name} kB" for name in sizes)]

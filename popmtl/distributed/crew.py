@@ -75,15 +75,16 @@ class Crew:
         name = f"{group_prefix(ray.get_runtime_context().get_actor_id())}{uuid4().hex}"
         group = placement_group([bundle] * len(placement.rows), strategy="PACK", name=name)
         limit = min(patience, resources.start_timeout)
-        ready, start = asyncio.ensure_future(_awaitable(group.ready())), time.monotonic()
-        while not (await asyncio.wait([ready], timeout=min(TELL_SECONDS, limit)))[0]:
-            if time.monotonic() - start >= limit:
+        ready, deadline = asyncio.ensure_future(_awaitable(group.ready())), time.monotonic() + limit
+        while not (await asyncio.wait([ready], timeout=min(TELL_SECONDS, max(0.0, deadline - time.monotonic()))))[0]:
+            if time.monotonic() >= deadline:
+                ready.cancel()
                 remove_placement_group(group)
                 raise NoRoom(
                     f"no room for {placement.describe()} within {limit:g} s (resources.start_timeout); "
                     f"{in_words(nodes_now())}, with room for {room(placement, free=False)} of them; free now: "
                     f"{_resources(ray.available_resources())}, for {room(placement, free=True)} (resources.max_actors)"
-                ) from None
+                )
             tell(f"waiting for {placement.describe()}; free now: {_resources(ray.available_resources())}")
         ready.result()
         nodes = placement_group_table(group)["bundles_to_node_id"]

@@ -13,7 +13,14 @@ import torch
 from distributed.mixing_processes import Processes, product_without
 
 from popmtl.distributed.mixing import collective
-from popmtl.distributed.mixing.collective import BUFFER_BYTES, Collective, Group, find_routes, meeting_point
+from popmtl.distributed.mixing.collective import (
+    BUFFER_BYTES,
+    Collective,
+    Group,
+    _use_network_of,
+    find_routes,
+    meeting_point,
+)
 
 HOST = "127.0.0.1"
 COLUMNS = (0, 1, 3, 7, 1000, 10007)
@@ -298,3 +305,14 @@ def test_a_row_that_all_take_from_goes_by_slabs():
     star[:, 0] = True
     assert not find_routes(star, [1] * 8).direct, "its owner would have to send it seven times"
     assert find_routes(star, [4, 4]).direct
+
+
+def test_the_network_is_that_of_the_address_unless_the_user_names_one(monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # noted, to be put back
+        monkeypatch.delenv(name)
+    _use_network_of("127.0.0.1")
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    _use_network_of("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from popmtl.runs.folder import RunFolder
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "several_hosts.py"
 NODES = """
 import sys
@@ -16,6 +18,32 @@ from popmtl.cli import main
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
 for _ in range(2):
     cluster.add_node(num_cpus=2)
+code = main(["train", sys.argv[1], "--address", cluster.address, "--run-name", "run"])
+cluster.shutdown()
+sys.exit(code)
+"""
+
+GROWS = """
+import sys
+import threading
+import time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from popmtl.cli import main
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+said = Path(sys.argv[2])
+
+
+def start_what_is_awaited():
+    while "waiting for 3 actors of 1 CPU each; free now: 1 CPU" not in said.read_text():
+        time.sleep(0.2)
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+
+
+threading.Thread(target=start_what_is_awaited, daemon=True).start()
+sys.stdout = said.open("w", buffering=1)
 code = main(["train", sys.argv[1], "--address", cluster.address, "--run-name", "run"])
 cluster.shutdown()
 sys.exit(code)
@@ -54,3 +82,23 @@ def test_three_nodes_of_one_host_train_together(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list((tmp_path / "run" / "pareto" / "models").iterdir())) == 6
+
+
+@pytest.mark.slow
+def test_a_cluster_that_grows_is_asked_and_awaited(tmp_path):
+    config = tmp_path / "config.yaml"
+    resources = "{autoscaling: true, max_actors: 3, gpus_per_actor: 0}"
+    config.write_text(
+        f"problem: vlmop2\npopulation: {{subproblems: 6}}\ntrain: {{steps: 20}}\nstorage: {tmp_path}\n"
+        f"resources: {resources}\ntracking: {{enabled: false}}\n"
+    )
+    said = tmp_path / "said"
+    said.touch()
+    command = [sys.executable, "-c", GROWS, str(config), str(said)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, said.read_text() + done.stderr
+    assert "collective: the hosts are yet to come" in said.read_text()
+    kinds = {event["kind"]: event for event in RunFolder(tmp_path / "run").events()}
+    assert len(kinds["ready"]["hosts"]) == 3
+    # They came on one host, as Ray's addresses tell, and memory serves them better than the network.
+    assert (kinds["transport"]["was"], kinds["transport"]["now"]) == ("collective", "shared_memory")
