@@ -74,7 +74,9 @@ class Hosts:
         token = folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        self.environment = os.environ | {
+        # Without what belongs to a Ray that the caller may be connected to, or to its MLflow.
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+        self.environment = own | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
@@ -82,8 +84,6 @@ class Hosts:
             "RAY_worker_niceness": "0",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # else it regrets that these hosts have no name
         }
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "MLFLOW_TRACKING_URI"):
-            self.environment.pop(name, None)
 
     def __enter__(self) -> Hosts:
         try:
