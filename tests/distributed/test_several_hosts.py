@@ -24,27 +24,22 @@ sys.exit(code)
 """
 
 GROWS = """
+import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from popmtl.cli import main
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 said = Path(sys.argv[2])
-
-
-def start_what_is_awaited():
-    while "waiting for 3 actors of 1 CPU each; free now: 1 CPU" not in said.read_text():
-        time.sleep(0.2)
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-
-
-threading.Thread(target=start_what_is_awaited, daemon=True).start()
-sys.stdout = said.open("w", buffering=1)
-code = main(["train", sys.argv[1], "--address", cluster.address, "--run-name", "run"])
+command = [sys.executable, "-m", "popmtl", "train", sys.argv[1], "--address", cluster.address, "--run-name", "run"]
+with said.open("w") as file:
+    run = subprocess.Popen(command, stdout=file, stderr=file)
+while "waiting for 3 actors of 1 CPU each; free now: 1 CPU" not in said.read_text() and run.poll() is None:
+    time.sleep(0.2)
+for _ in range(2):
+    cluster.add_node(num_cpus=1)
+code = run.wait()
 cluster.shutdown()
 sys.exit(code)
 """
