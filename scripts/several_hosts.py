@@ -74,8 +74,9 @@ class Hosts:
         token = folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        # Without what belongs to a Ray that the caller may be connected to, or to its MLflow.
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+        # Without what belongs to a Ray that the caller may be connected to, or to its network.
+        others = ("RAY_", "MLFLOW_", "GLOO_", "NCCL_")
+        own = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         self.environment = own | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "RAY_AUTH_MODE": "token",

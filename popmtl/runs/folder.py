@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import yaml
@@ -80,8 +81,9 @@ class RunFolder:
         except OSError as error:
             raise RequestError(f"storage {storage}: cannot be written to ({said(error)})") from error
         try:
-            folder.files.write(".probe", PROBE)
-            folder.files.remove(".probe")
+            probe = f".probe-{token_hex(4)}"  # another may be starting a run of this name, too
+            folder.files.write(probe, PROBE)
+            folder.files.remove(probe)
         except OSError as error:
             folder.files.remove_folder("")
             raise RequestError(f"storage {storage}: cannot be written to ({said(error)})") from error

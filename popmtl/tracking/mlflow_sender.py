@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 METRICS_A_CALL, PARAMS_A_CALL, PARAM_LENGTH, TAG_LENGTH, RUNS_A_SEARCH = 1000, 100, 6000, 8000, 50000
 # HTTP's codes below 500 that say nothing against the request itself: who asks, how often, how slowly.
 NOT_NOW = (401, 403, 408, 429, 499)
+# What databases say, within a BAD_REQUEST, of a row that another run has made in the same moment; once it is there,
+# MLflow finds it.
+TAKEN = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
 
 
 @dataclass(frozen=True)
@@ -443,6 +446,8 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, InvalidUrlException):
         return False
     if isinstance(error, MlflowException):
+        if any(word in str(error) for word in TAKEN):
+            return True
         status = ERROR_CODE_TO_HTTP_STATUS.get(error.error_code, 500)
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code

@@ -281,7 +281,16 @@ def test_a_rank_that_hangs_with_the_meeting_in_its_process_is_named(processes, a
     assert seconds < 5
 
 
-def test_a_meeting_that_nobody_hosts_is_the_fault_of_rank_0():
+@pytest.fixture
+def own_network(monkeypatch):
+    """Neither names an interface, nor leaves one named for the processes of other tests."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # noted, to be put back
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_a_meeting_that_nobody_hosts_is_the_fault_of_rank_0(own_network):
     store, address = meeting_point(HOST)
     del store
     with pytest.raises(TimeoutError, match=r"actor 0 did not take part within 0\.5 s"):
@@ -307,12 +316,9 @@ def test_a_row_that_all_take_from_goes_by_slabs():
     assert find_routes(star, [4, 4]).direct
 
 
-def test_the_network_is_that_of_the_address_unless_the_user_names_one(monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "")  # noted, to be put back
-        monkeypatch.delenv(name)
+def test_the_network_is_that_of_the_address_unless_the_user_names_one(own_network):
     _use_network_of("127.0.0.1")
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    own_network.setenv("GLOO_SOCKET_IFNAME", "eth7")
     _use_network_of("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"

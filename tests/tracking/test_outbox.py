@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow_server import Server
 from tracked_problems import TwoHeadsModel
 
@@ -485,3 +487,9 @@ def test_a_cursor_ahead_of_a_journal_that_lost_lines(tmp_path):
     outbox.add("event", {"n": 5})
     assert [entry["n"] for entry in folder.lines(JOURNAL)] == [0, 5]
     assert [entry["n"] for entry in outbox.next(0)] == [5]
+
+
+def test_a_row_that_another_run_has_made_in_the_same_moment_is_tried_again():
+    raced = "(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint"
+    assert mlflow_sender._may_pass(MlflowException(raced, BAD_REQUEST))
+    assert not mlflow_sender._may_pass(MlflowException("no such column", BAD_REQUEST))
