@@ -13,9 +13,11 @@ from popmtl.method.problem import Problem
 
 BUILT_IN = {
     "aligned_toy": "popmtl.problems.aligned_toy:AlignedToy",
+    "fairness": "popmtl.problems.fairness:Fairness",
     "dtlz2": "popmtl.problems.synthetic:Dtlz2",
     "multidigits": "popmtl.problems.overlaid_digits:MultiDigits",
     "multimnist": "popmtl.problems.overlaid_digits:MultiMnist",
+    "table": "popmtl.problems.table:Table",
     "vlmop2": "popmtl.problems.synthetic:Vlmop2",
     "zdt1": "popmtl.problems.synthetic:Zdt1",
     "zdt2": "popmtl.problems.synthetic:Zdt2",

@@ -1,0 +1,184 @@
+"""MTGD and its rivals on one problem: the same model, data order, steps and evaluation, and what each costs.
+
+    python scripts/compare_methods.py configs/compas.yaml problem.path=… --figures cross_entropy counted_deo
+        --reference 2 2
+    python scripts/compare_methods.py configs/river_flow.yaml problem.path=… --methods mtgd mtgd+aligned single_task
+
+    mtgd            with the config's transfer, without fine-tuning
+    mtgd+aligned    and then Aligned-MTL for as many steps as the config says
+    no_transfer     each subproblem alone
+    weighted_sum    each alone, by the weighted sum of its objectives in place of the scalarization
+    single_task     one model an objective, by that objective alone
+
+Trains in this process, on the CPU and without Ray (a distributed run equals it), one method and seed after the other;
+--jobs takes several processes. Prints mean ± standard deviation over the seeds of the hypervolume on the test split, of
+the best that any model of a set reaches in each objective and metric, and of the processor's seconds. The hypervolume
+is of the objectives, or of what --figures names (of objectives and metrics, smaller is better), at --reference, else at
+the problem's own point. Writes compare_methods.json and compare_methods.png to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from popmtl.config import load_config
+from popmtl.distributed.placement import local_nodes
+from popmtl.distributed.plan import RunPlan, make_plan, train_in_process
+from popmtl.method.front import hypervolume, non_dominated
+
+METHODS = {
+    "mtgd": ["fine_tune.steps=0"],
+    "mtgd+aligned": [],
+    "no_transfer": ["fine_tune.steps=0", "transfer=none"],
+    "weighted_sum": ["fine_tune.steps=0", "transfer=none", "scalarization.name=weighted_sum"],
+    "single_task": ["fine_tune.steps=0", "transfer=none", "scalarization.name=weighted_sum"],
+}
+
+
+def plan_of(config: str, overrides: list[str], method: str, seed: int) -> RunPlan:
+    """The run of a method.
+
+    Raises:
+        RequestError: the config is wrong.
+    """
+    choices = [*overrides, *METHODS[method], f"seed={seed}"]
+    plan = make_plan(load_config(config, choices), local_nodes())
+    if method == "single_task":
+        choices.append(f"population.weights={np.eye(len(plan.objectives)).tolist()}")
+        choices.append(f"population.subproblems={len(plan.objectives)}")
+        plan = make_plan(load_config(config, choices), local_nodes())
+    return plan
+
+
+def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    plan = plan_of(config, overrides, method, seed)
+    start = time.process_time()
+    population = train_in_process(plan)
+    seconds = time.process_time() - start
+    evaluations = population.block.evaluate("test")
+    values = {name: [float(one.objectives[k]) for one in evaluations] for k, name in enumerate(plan.objectives)}
+    values |= {name: [one.metrics[name] for one in evaluations] for name in plan.metrics}
+    return {
+        "method": method,
+        "seed": seed,
+        "models": len(plan.W),
+        "parameters": plan.parameters,
+        "steps": len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
+        "seconds": seconds,
+        "values": values,
+        "directions": dict.fromkeys(plan.objectives, "lower") | dict(plan.metrics),
+        "kept": sum(one.kept for one in population.fine_tuned),
+    }
+
+
+def measured(run: dict[str, Any], figures: list[str], reference: np.ndarray) -> dict[str, float]:
+    """A run's hypervolume, the models that are not dominated, and the best of each figure."""
+    F = np.array([run["values"][name] for name in figures]).T
+    best = {
+        name: (max if run["directions"][name] == "higher" else min)(values) for name, values in run["values"].items()
+    }
+    return {"hypervolume": hypervolume(F, reference), "non-dominated": int(non_dominated(F).sum()), **best}
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else f"{values[0]:.4g}"
+
+
+def print_table(runs: list[dict[str, Any]], figures: list[str]) -> None:
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    table = Table(title=f"test split; hypervolume of {', '.join(figures)}")
+    table.add_column("", no_wrap=True)
+    for method in methods:
+        table.add_column(method, justify="right", no_wrap=True)
+    of = {method: [run for run in runs if run["method"] == method] for method in methods}
+    names = ["hypervolume", "non-dominated", *(f"best {name}" for name in runs[0]["values"])]
+    for name in names:
+        table.add_row(name, *(spread([run["figures"][name.removeprefix("best ")] for run in of[m]]) for m in methods))
+    for name, key in (("models", "models"), ("parameters of a model", "parameters"), ("steps", "steps")):
+        table.add_row(name, *(str(of[method][0][key]) for method in methods))
+    table.add_row("kept by Aligned-MTL", *(spread([run["kept"] for run in of[method]]) for method in methods))
+    table.add_row("processor seconds", *(spread([run["seconds"] for run in of[method]]) for method in methods))
+    Console(width=40 + 24 * len(methods)).print(table)
+
+
+def draw(runs: list[dict[str, Any]], figures: list[str], path: Path) -> None:
+    """The first two figures of every model, and the hypervolume of every run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    points, bars = figure.subplots(1, 2)
+    for i, method in enumerate(methods):
+        mine = [run for run in runs if run["method"] == method]
+        for j, run in enumerate(mine):
+            label = method if j == 0 else None
+            points.scatter(*(run["values"][name] for name in figures[:2]), s=10, color=f"C{i}", label=label)
+        bars.scatter([i] * len(mine), [run["figures"]["hypervolume"] for run in mine], color=f"C{i}")
+    points.set(xlabel=figures[0], ylabel=figures[1])
+    points.legend()
+    bars.set_xticks(range(len(methods)), methods)
+    bars.set_ylabel("hypervolume, test")
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--figures", nargs="+", help="what the hypervolume is of; default: the objectives")
+    parser.add_argument("--reference", type=float, nargs="+", help="default: the problem's own")
+    parser.add_argument("--out", type=Path, default=Path("runs"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_intermixed_args()
+    plan = plan_of(options.config, options.overrides, "mtgd", 0)
+    figures = options.figures or list(plan.objectives)
+    if unknown := [name for name in figures if name not in (*plan.objectives, *plan.metrics)]:
+        parser.error(f"--figures: {unknown[0]}: there are {', '.join((*plan.objectives, *plan.metrics))}")
+    reference = options.reference or plan.reference_point
+    if reference is None or len(reference) != len(figures):
+        parser.error(f"--reference: give {len(figures)} numbers, for {', '.join(figures)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    grid = list(itertools.product(options.methods, options.seeds))
+    runs, start, console = [], time.monotonic(), Console()
+    with ProcessPoolExecutor(options.jobs) as pool:
+        tasks = [pool.submit(train, options.config, options.overrides, *choice) for choice in grid]
+        for done, task in enumerate(as_completed(tasks), 1):
+            run = task.result()
+            run["figures"] = measured(run, figures, np.array(reference))
+            runs.append(run)
+            left = (time.monotonic() - start) / done * (len(grid) - done)
+            console.print(
+                f"{done}/{len(grid)} {run['method']} seed {run['seed']}: hypervolume "
+                f"{run['figures']['hypervolume']:.4f}, {run['seconds']:.1f} s; {left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+    runs.sort(key=lambda run: grid.index((run["method"], run["seed"])))
+    print_table(runs, figures)
+    result = {"figures": figures, "reference": list(reference), "runs": runs}
+    (options.out / "compare_methods.json").write_text(json.dumps(result, indent=1))
+    draw(runs, figures, options.out / "compare_methods.png")
+    console.print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
