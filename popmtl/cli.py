@@ -66,8 +66,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.tracking.links import where_to_look
 
     if options.resume:
-        if options.config and "=" in options.config and not Path(options.config).exists():
-            options.config, options.overrides = None, [options.config, *options.overrides]  # no CONFIG was given
+        _take_config_for_override(options)
         folder = RunFolder(options.resume)
         config = resumed_config(folder.config(), options.config, options.overrides)
         _refuse_finished(folder)
@@ -138,8 +137,8 @@ def submit(options: argparse.Namespace) -> int:
     from popmtl.distributed.jobs import Jobs
     from popmtl.runs.storage import is_remote, split
 
-    if options.resume and options.config and "=" in options.config and not Path(options.config).exists():
-        options.config, options.overrides = None, [options.config, *options.overrides]
+    if options.resume:
+        _take_config_for_override(options)
     working_dir = Path(options.working_dir).resolve()
     if not working_dir.is_dir():
         raise RequestError(f"--working-dir {options.working_dir}: is not a folder")
@@ -203,6 +202,12 @@ def stop(options: argparse.Namespace) -> None:
 
     jobs = Jobs(options.address)
     print(f"{options.job} has been stopped" if jobs.stop(options.job) else f"{options.job} had ended")
+
+
+def _take_config_for_override(options: argparse.Namespace) -> None:
+    """With --resume the first override stands where CONFIG would, if none was given."""
+    if options.config and "=" in options.config and not Path(options.config).exists():
+        options.config, options.overrides = None, [options.config, *options.overrides]
 
 
 def _refuse_finished(folder: RunFolder) -> None:

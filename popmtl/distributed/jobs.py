@@ -104,6 +104,8 @@ class Jobs:
                     metadata=metadata,
                 )
             )
+        except RequestError:  # a ValueError, and not of the folder
+            raise
         except (RuntimeError, ValueError) as error:
             raise RequestError(f"--working-dir {working_dir}: cannot be shipped: {error}") from error
 
@@ -154,9 +156,10 @@ class Jobs:
         Raises:
             RequestError: there is none of this id.
         """
-        found = next((one for one in self.all() if job in (one.submission_id, one.job_id)), None)
+        jobs = self.all()
+        found = next((one for one in jobs if job in (one.submission_id, one.job_id)), None)
         if found is None:
-            known = ", ".join(str(one.submission_id) for one in self.all()) or "none"
+            known = ", ".join(str(one.submission_id) for one in jobs) or "none"
             raise RequestError(f"{self.address}: there is no run's job {job}; those of PopMTL: {known}")
         return found
 

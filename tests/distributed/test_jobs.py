@@ -14,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 import yaml
 from mlflow_server import free_port
+from ray.exceptions import AuthenticationError
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.runs.folder import RunFolder
@@ -60,6 +62,7 @@ def folder(tmp_path, monkeypatch):
     }
     (place / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(place)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # noted, to be put back: the commands set it
     return place
 
 
@@ -110,6 +113,31 @@ def test_a_cluster_that_does_not_answer_in_time_is_refused(folder, capsys, monke
         go_on.set()
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (requests.ConnectionError("gone"), "--address http://127.0.0.1:1: no Ray dashboard answers there: gone"),
+        (AuthenticationError("no"), "--address http://127.0.0.1:1: the cluster asks for its token"),
+        (ValueError("too large"), "cannot be shipped: too large"),
+    ],
+)
+def test_what_fails_while_the_folder_is_shipped_is_named(folder, capsys, monkeypatch, error, message):
+    class Failing:
+        def __init__(self, address):
+            pass
+
+        def list_jobs(self):
+            return []
+
+        def submit_job(self, **job):
+            raise error
+
+    monkeypatch.setattr("popmtl.distributed.jobs._Client", Failing)
+    said = refused(capsys, "config.yaml", "--address", "http://127.0.0.1:1")
+    assert message in said
+    assert ("--working-dir" in said) == isinstance(error, ValueError)
 
 
 @pytest.fixture(scope="module")
