@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote
 
@@ -316,7 +317,7 @@ class RemoteStorage(Storage):
             self._put(self._at(name), content)
             return
         folder, _, last = self._at(name).rpartition("/")
-        beside = f"{folder}/.{last}.part"
+        beside = f"{folder}/.{last}.{token_hex(4)}.part"  # two may be writing: the lease is taken so
         self.filesystem.create_dir(folder)
         try:
             self._put(beside, content)

@@ -167,6 +167,31 @@ def test_who_loses_the_lease_ends(storage):
     assert json.loads(folder.read(".lock"))["owner"] == "another", "it is not removed"
 
 
+@pytest.mark.parametrize("storage", ["hdfs", "s3"], indirect=True)
+def test_two_may_write_one_file_at_once(storage):
+    RunFolder.create(storage, "run")
+    failed, gate = [], threading.Barrier(2)
+
+    def write(content):
+        files = open_storage(joined(str(storage), "run"))
+        gate.wait()
+        try:
+            for _ in range(100):
+                files.write("file", content)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(bytes([i]) * 1000,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    files = open_storage(joined(str(storage), "run"))
+    assert files.read("file") in (b"\0" * 1000, b"\1" * 1000)
+    assert files.children("") == ["file"]
+
+
 def test_of_two_that_start_the_same_name_at_once_one_works_on_it(storage):
     started, refused, gate = [], [], threading.Barrier(2)
 
