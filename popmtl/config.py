@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from popmtl.errors import RequestError
 from popmtl.method.aligned_mtl import SCALES
 from popmtl.method.decomposition import MIN_WEIGHT
+from popmtl.method.gradients import GradientMethod, gradient_method
 from popmtl.method.mtgd import ORDERS, PRECISIONS
 from popmtl.method.reseeding import MAX_RESEEDS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
@@ -149,12 +150,37 @@ class LRScheduleConfig(BaseModel):
         return partial(getattr(torch.optim.lr_scheduler, self.name), **arguments)
 
 
+class GradientConfig(BaseModel):
+    """What makes an update of the losses' gradients, by `popmtl.method.gradients`; other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @model_validator(mode="after")
+    def _constructs(self) -> GradientConfig:
+        try:
+            update = self.build(2)()(torch.eye(2), torch.full((2,), 0.5))
+            if update.shape != (2,):
+                raise ValueError(f"it gives an update of shape {tuple(update.shape)}")
+        except ImportError as error:
+            raise ValueError(f"{self.name} is TorchJD's: pip install 'popmtl[rivals]' ({error})") from error
+        except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"no gradient method {self.name!r} with these arguments: {error}") from error
+        return self
+
+    def build(self, tasks: int) -> partial[GradientMethod]:
+        """Makes the method for so many losses."""
+        return partial(gradient_method, self.name, tasks, **(self.model_extra or {}))
+
+
 class TrainConfig(_Section):
     """The MTGD stage."""
 
     steps: Annotated[Count, Field(ge=0)] = 1000
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: LRScheduleConfig | None = None
+    gradient: GradientConfig | None = None
     evaluate_every: Annotated[Count, Field(ge=1)] = 50
     dtype: Literal["float32", "float64"] = "float32"
     precision: Literal[PRECISIONS] = "full"  # type: ignore[valid-type]
@@ -164,6 +190,8 @@ class TrainConfig(_Section):
     def _consistent(self) -> TrainConfig:
         if self.precision == "bf16" and self.dtype != "float32":
             raise ValueError("precision bf16 needs dtype: float32")
+        if self.gradient and self.execution == "stacked":
+            raise ValueError("execution stacked takes one gradient of all losses; train.gradient needs one of each")
         return self
 
 

@@ -1,5 +1,7 @@
 """A config says what is wrong with it, and where."""
 
+import sys
+
 import numpy as np
 import pytest
 import yaml
@@ -74,6 +76,10 @@ def test_all_other_keys_of_the_problem_are_its_parameters(load):
         ("train: {optimizer: {name: Adam, lrr: 0.1}}", "train.optimizer", "'lrr'"),
         ("train: {optimizer: {name: Adam, lr: -1.0}}", "train.optimizer", "learning rate: -1.0"),
         ("fine_tune: {optimizer: {name: Adam, lrr: 0.1}}", "fine_tune.optimizer", "'lrr'"),
+        ("train: {gradient: {name: MGDAA}}", "train.gradient", "there are aligned_mtl, AlignedMTL, CAGrad"),
+        ("train: {gradient: {name: CAGrad}}", "train.gradient", "'c'"),
+        ("train: {gradient: {name: aligned_mtl, scale: max}}", "train.gradient", "min, median, rmse"),
+        ("train: {execution: stacked, gradient: {name: MGDA}}", "train", "train.gradient"),
         ("train: {lr_schedule: {name: CosineAnealingLR}}", "train.lr_schedule", "did you mean CosineAnnealingLR?"),
         ("train: {lr_schedule: {name: CosineAnnealingLR, T_mx: 9}}", "train.lr_schedule", "'T_mx'"),
         ("scalarization: {name: tchebychef}", "scalarization.name", "'tchebycheff'"),
@@ -161,6 +167,14 @@ def test_points_of_a_wrong_length_are_named_by_their_key(load):
 def test_a_number_with_an_exponent_is_a_number(load, text, value):
     # A parameter of the problem, which nothing else would turn from a word into a number.
     assert load(MINIMAL, f"problem.variables={text}").problem.parameters == {"variables": value}
+
+
+def test_gradient_methods_of_torchjd_say_how_to_get_it(load, complaints, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    (complaint,) = complaints(MINIMAL + "train: {gradient: {name: MGDA}}")
+    assert "train.gradient" in complaint
+    assert "pip install 'popmtl[rivals]'" in complaint
+    assert load(MINIMAL + "train: {gradient: {name: aligned_mtl}}").train.gradient.name == "aligned_mtl"
 
 
 def test_a_learning_rate_with_an_exponent_reaches_the_optimizer(load):

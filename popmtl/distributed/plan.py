@@ -23,8 +23,9 @@ from popmtl.distributed.transport import Transport, choose_overlap, choose_trans
 from popmtl.errors import RequestError
 from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.decomposition import check_weights, weight_vectors
-from popmtl.method.fine_tuning import AlignedRecipe, shared_parameters
+from popmtl.method.fine_tuning import AlignedRecipe
 from popmtl.method.flat import Layout
+from popmtl.method.gradients import shared_parameters
 from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
 from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Direction, Problem, to_model
@@ -144,7 +145,8 @@ class RunPlan:
         """Bytes that the largest block takes for its rows, gradients, moments and mixing; activations come on top."""
         k, itemsize = max(len(rows) for rows in self.placement.rows), self.recipe.dtype.itemsize
         rows = k * (2 + optimizer_moments(self.recipe)) * self.parameters
-        task_gradients = len(self.objectives) if self.aligned and self.aligned.variant == "exact" else 0
+        exact = self.recipe.gradient or (self.aligned and self.aligned.variant == "exact")
+        task_gradients = len(self.objectives) if exact else 0
         mixing = k * self.width * (2 if self.recipe.mix_moments else 1)  # displacements, and what is put together
         if self.transport.name == "coordinator":
             mixing += k * self.width
@@ -189,6 +191,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         optimizer=config.train.optimizer.build(),
         lr_schedule=config.train.lr_schedule.build(config.train.steps) if config.train.lr_schedule else None,
         scalarization=config.scalarization.build(),
+        gradient=config.train.gradient.build(m) if config.train.gradient else None,
         order=config.transfer.order,
         mix_moments=config.transfer.mix_moments,
         dtype=torch.float64 if config.train.dtype == "float64" else torch.float32,
@@ -279,12 +282,9 @@ def check_problem(
         _check_losses(losses, problem)
         leaves_alone = recipe.order == "adapt_then_combine" and leaves_parameters_alone(problem, model, batch)
         shared = 0
-        if aligned and aligned.variant == "exact":
-            with torch.no_grad():  # away from initial zeros, behind which a loss would seem to reach nothing
-                for p in model.parameters():
-                    p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype))
+        if recipe.gradient or (aligned and aligned.variant == "exact"):
             shared = int(layout.columns(shared_parameters(problem, model, batch)).sum())
-        elif aligned:
+        if aligned and aligned.variant == "ub":
             _check_losses(problem.losses_at(model, problem.representation(model, batch), batch), problem)
         evaluation = problem.evaluate(model, "validation")
         if missing := set(problem.metrics) - set(evaluation.metrics):

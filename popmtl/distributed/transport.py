@@ -92,6 +92,8 @@ def choose_overlap(name: TransportName, recipe: Recipe, layout: Layout, leaves_a
         return "none: nothing is sent", math.inf
     if recipe.order == "consensus":
         return "behind the forward and backward passes", math.inf
+    if recipe.gradient:
+        return "none: a gradient method needs the whole gradient of every loss", math.inf
     if not leaves_alone:
         return "none: the backward pass reads parameters after their gradients are complete", math.inf
     if not steps_entrywise(recipe.optimizer):

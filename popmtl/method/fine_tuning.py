@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from popmtl.method.aligned_mtl import Aligned, align
 from popmtl.method.buckets import Bucket
+from popmtl.method.gradients import task_gradients
 from popmtl.method.mtgd import Block
-from popmtl.method.problem import Evaluation, Problem, to_model
+from popmtl.method.problem import Evaluation
 from popmtl.method.snapshot import RowState, copied, put, step_schedules, take
 
 Variant = Literal["exact", "ub"]
@@ -104,10 +104,7 @@ class FineTuning:
             put(block, [self.bucket], states)
             self._recall(states)
         if recipe.variant == "exact":
-            # A stream and a model of its own: neither the rows' data nor their buffers may depend on a look at them.
-            batch = to_model(next(block.problem.batches(block.seeds[0])), block.rows)
-            names = shared_parameters(block.problem, copy.deepcopy(block.models[0]), batch)
-            self.shared = block.layout.columns(names).to(block.rows.device)
+            self.shared = block.shared_columns()
 
     def run(self, first: int, steps: int) -> NDArray[np.float64]:
         """Takes steps first … first+steps−1 of the stage; returns their training losses, shape (steps, k, m).
@@ -167,7 +164,7 @@ class FineTuning:
         block = self.block
         f = block.losses(block.models[i], batch)
         self.check_losses(i, f, t)
-        G = task_gradients(f, block.models[i], block)
+        G = task_gradients(f, block.models[i], block.layout.names)
         aligned = self.align(G[:, self.shared], i, t)
         block.gradients[i] = G.sum(0)
         block.gradients[i, self.shared] = aligned.update
@@ -224,39 +221,3 @@ class FineTuning:
         """The value of row i's own subproblem."""
         weights = self.block.weights[i].double().cpu()
         return float(self.block.recipe.scalarization(evaluation.objectives, weights, self.ideal))
-
-
-def task_gradients(f: Tensor, model: torch.nn.Module, block: Block) -> Tensor:
-    """The gradient of each loss in every column of a row, shape (m, D): 0 where a loss does not reach a parameter."""
-    parameters = dict(model.named_parameters())
-    ordered = [parameters[name] for name in block.layout.names]
-    rows = []
-    for loss in f:
-        gradients = torch.autograd.grad(loss, ordered, retain_graph=True, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([g.flatten() for g in gradients]))
-    return torch.stack(rows)
-
-
-def shared_parameters(problem: Problem, model: torch.nn.Module, batch: Any) -> set[str]:
-    """The names of the parameters to align: as the problem says, or those that every loss of the batch reaches.
-
-    A loss reaches a parameter where its gradient is not all zero: losses that come from one tensor of all tasks'
-    outputs have a gradient, of zeros, in each other's heads.
-
-    Raises:
-        ValueError: none is shared, or the problem names one that the model does not train.
-    """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    names = problem.shared(model)
-    if names is None:
-        names = set(trainable)
-        for loss in problem.losses(model, batch):
-            gradients = torch.autograd.grad(
-                loss, list(trainable.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            names &= {name for name, g in zip(trainable, gradients, strict=True) if g.any()}
-    if unknown := names - set(trainable):
-        raise ValueError(f"{type(problem).__name__}.shared names {sorted(unknown)[0]}, which the model does not train")
-    if not names:
-        raise ValueError(f"{type(problem).__name__}: no parameter is reached by every loss, so none can be aligned")
-    return names

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from popmtl.method.buckets import Arrivals, Bucket, bucket_bounds
 from popmtl.method.flat import Layout
+from popmtl.method.gradients import GradientMethod, shared_parameters, task_gradients
 from popmtl.method.mixing import LocalProduct, Mixing, deferred
 from popmtl.method.problem import Evaluation, Problem, Split, to_model
 from popmtl.method.scalarization import Scalarization
@@ -49,6 +50,8 @@ class Recipe:
         optimizer: makes an optimizer over a list of rows, each one tensor of shape (D,).
         lr_schedule: makes a torch learning-rate schedule, stepped once a step; None keeps the rate.
         scalarization: turns the m losses into the scalar that is differentiated.
+        gradient: makes what turns the gradients of the m losses into the update of the shared parameters instead; the
+            others then take the plain gradient of their own loss. None differentiates the scalarization.
         order: consensus or adapt_then_combine.
         mix_moments: under adapt_then_combine, the optimizer's moments are mixed as the parameters are.
         dtype: of the rows.
@@ -60,6 +63,7 @@ class Recipe:
     optimizer: Callable[[list[Tensor]], Optimizer]
     lr_schedule: Callable[[Optimizer], LRScheduler] | None = None
     scalarization: Scalarization = field(default_factory=Scalarization)
+    gradient: Callable[[], GradientMethod] | None = None
     order: Order = "consensus"
     mix_moments: bool = False
     dtype: torch.dtype = torch.float32
@@ -160,6 +164,9 @@ class Block:
         self.weights = torch.as_tensor(W[self.subproblems], dtype=recipe.dtype, device=device)
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
         self.streams = [problem.batches(seed) for seed in self.seeds]
+        self.gradient_method = recipe.gradient() if recipe.gradient else None
+        if self.gradient_method:
+            self.shared = self.shared_columns()
         self.mix_locally = deferred(LocalProduct())
         self.out = [False] * len(self.subproblems)
         self.departures: list[Departure] = []
@@ -183,6 +190,8 @@ class Block:
         """
         if execution == "loop":
             return "loop: asked for"
+        if self.gradient_method:
+            return "loop: each loss has a gradient of its own"
         choice = choose(self)
         if choice.execution == "stacked" or (execution == "stacked" and choice.stacked_seconds is not None):
             self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, self.gradients)
@@ -298,14 +307,30 @@ class Block:
             self.take_out(torch.cat(losses), t, slice(bucket.first, bucket.end))
             advance(bucket)
 
-        for f, w, last in self.forward_passes(t):
+        for i, (f, w, last) in enumerate(self.forward_passes(t)):
             losses.append(torch.full_like(w, math.nan)[None] if f is None else f.detach().view(-1, f.shape[-1]))
             with self.arrivals.watch(complete) if self.arrivals and last else nullcontext():
-                if f is not None:
+                if f is not None and self.gradient_method:
+                    self.combine(i, f, self.gradient_method)
+                elif f is not None:
                     self.recipe.scalarization(f, w, z).sum().backward()
         if not self.arrivals:
             complete(self.buckets[0])
         return torch.cat(losses)
+
+    def combine(self, i: int, f: Tensor, method: GradientMethod) -> None:
+        """Row i's gradient by a gradient method, of its losses (m,)."""
+        G = task_gradients(f, self.models[i], self.layout.names)
+        self.gradients[i] = G.sum(0)
+        if G.isfinite().all():  # else the row leaves
+            self.gradients[i, self.shared] = method(G[:, self.shared], self.weights[i])
+
+    def shared_columns(self) -> Tensor:
+        """A boolean mask, (D,), of the columns of the parameters that all losses share."""
+        # A stream of its own: the rows' data may not depend on a look at them.
+        batch = to_model(next(self.problem.batches(self.seeds[0])), self.rows)
+        names = shared_parameters(self.problem, self.models[0], batch)
+        return self.layout.columns(names).to(self.rows.device)
 
     def forward_passes(self, t: int) -> Iterator[tuple[Tensor | None, Tensor, bool]]:
         """The losses of step t and their weight vectors, (k, m) at once or (m,) a row; whether they are the last.

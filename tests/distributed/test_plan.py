@@ -77,6 +77,9 @@ def test_task_gradients_take_memory_in_the_exact_variant_only():
     assert exact.memory_per_actor() == base + 2 * row
     assert exact.shared == TRUNK
     assert plan(config(4, optimizer=sgd, fine_tune={**fine, "variant": "ub"})).memory_per_actor() == base
+    first = plan(config(4, optimizer=sgd, train={"gradient": {"name": "aligned_mtl"}}))
+    assert first.memory_per_actor() == base + 2 * row
+    assert first.shared == TRUNK
 
 
 def test_nothing_is_sent_without_transfer_or_on_one_actor():

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torchjd.aggregation import AlignedMTL
 
-from popmtl.method.fine_tuning import AlignedRecipe, FineTuning, shared_parameters
+from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
+from popmtl.method.gradients import shared_parameters
 from popmtl.method.mtgd import Block, Recipe, subproblem_seed
 from popmtl.method.problem import Problem
 from popmtl.method.scalarization import Scalarization
