@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,6 +18,8 @@ from popmtl.errors import RequestError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from popmtl.distributed.placement import Nodes
+    from popmtl.distributed.plan import RunPlan
     from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -61,6 +63,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.plan import make_plan
     from popmtl.distributed.profile import steps_needed
     from popmtl.distributed.resumption import find_checkpoint
+    from popmtl.runs.baseline import SINGLE_TASK
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.storage import split
     from popmtl.tracking.links import where_to_look
@@ -113,6 +116,8 @@ def train(options: argparse.Namespace) -> None:
         print_warnings(console, plan.warnings)
         if not options.address:
             session.enter_context(driver.cluster(None, int(nodes[0]["CPU"])))
+        if config.baseline == SINGLE_TASK:
+            plan = replace(plan, reference=_train_baseline(console, plan, nodes, folder, name))
         with ProgressLine(console) as line:
             resumes = bool(options.resume)
             report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
@@ -129,6 +134,47 @@ def train(options: argparse.Namespace) -> None:
     if report.location:
         for hint in where_to_look(report.location, folder.location):
             console.print(hint, highlight=False, soft_wrap=True)
+
+
+def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> dict[str, float]:
+    """Trains the single-task models of a run beside it, unless they are there; their figures.
+
+    Args:
+        console: to write to.
+        plan: of the run.
+        nodes: of the cluster.
+        folder: the run's.
+        name: what MLflow's experiment is named by.
+
+    Raises:
+        RequestError: there is another run where they would be.
+        RunError: the training failed.
+    """
+    from popmtl.config import Config, decisive, single_task
+    from popmtl.display import ProgressLine
+    from popmtl.distributed import driver
+    from popmtl.distributed.plan import make_plan
+    from popmtl.runs.baseline import baseline_name, single_task_figures
+    from popmtl.runs.folder import RunFolder
+    from popmtl.runs.storage import joined
+
+    config = single_task(plan.config, len(plan.objectives))
+    if os.environ.get("MLFLOW_RUN_ID"):  # that run is for the population
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})})
+    own = baseline_name(folder.name)
+    beside = RunFolder(joined(config.storage, own))
+    resumes = beside.files.entry("config.yaml") is not None
+    if resumes and decisive(Config.model_validate(beside.config())) != decisive(config):
+        raise RequestError(f"{beside.location}: is of another config than this run's baseline; move it away")
+    if not beside.files.entry("pareto/front.json"):
+        if not resumes:
+            beside = RunFolder.create(config.storage, own)
+        with beside.held():
+            beside.write_config(config.resolved())
+            console.print(f"baseline {beside.location}", highlight=False, soft_wrap=True)
+            with ProgressLine(console) as line:
+                driver.run(make_plan(config, nodes), beside.location, name, line.show, resumes=resumes)
+    return single_task_figures(beside, plan.objectives, plan.tasks)
 
 
 def submit(options: argparse.Namespace) -> int:

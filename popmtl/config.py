@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -285,7 +286,12 @@ def _none_means_no_transfer(value: Any) -> Any:
 
 
 class Config(_Section):
-    """The config of one run."""
+    """The config of one run.
+
+    Attributes:
+        baseline: "single_task" also trains one model for each objective, which Δm is measured against; or the folder of
+            an earlier run that did so.
+    """
 
     problem: ProblemConfig
     population: PopulationConfig
@@ -298,6 +304,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
+    baseline: str | None = None
     storage: str = "runs"
     seed: Annotated[Count, Field(ge=0)] = 0
 
@@ -344,7 +351,33 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise RequestError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
-MAY_CHANGE = ("resources", "tracking", "checkpoint", "recovery", "storage", "train.steps", "fine_tune.steps")
+def single_task(config: Config, objectives: int) -> Config:
+    """The run that trains one model for each of so many objectives, by that alone, in as many steps."""
+    alone = {"name": "weighted_sum", "ideal_point": config.scalarization.ideal_point}
+    steps = config.train.steps + config.fine_tune.steps
+    return config.model_copy(
+        update={
+            "population": PopulationConfig(subproblems=objectives, weights=np.eye(objectives).tolist()),
+            "scalarization": ScalarizationConfig.model_validate(alone),
+            "train": config.train.model_copy(update={"steps": steps, "gradient": None}),
+            "transfer": TransferConfig(strength=0.0),
+            "fine_tune": FineTuneConfig(),
+            "baseline": None,
+            "tracking": config.tracking.model_copy(update={"models": "none"}),
+        }
+    )
+
+
+MAY_CHANGE = (
+    "resources",
+    "tracking",
+    "checkpoint",
+    "recovery",
+    "storage",
+    "baseline",
+    "train.steps",
+    "fine_tune.steps",
+)
 """What of a run's config a later resume may set anew; a change of steps moves schedules that depend on them."""
 
 

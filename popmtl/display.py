@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from popmtl.runs.baseline import SINGLE_TASK
 from popmtl.runs.choice import in_words, knee_of
 from popmtl.runs.comparison import Comparison
 from popmtl.runs.folder import RunFolder, states
@@ -101,6 +102,9 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     ]
     if plan.aligned and plan.aligned.variant == "exact":
         lines.insert(-2, ("aligned", f"{plan.shared:,} shared parameters"))
+    if config.baseline:
+        own = f"{len(plan.objectives)} models of one objective each, trained first"
+        lines.insert(3, ("baseline", own if config.baseline == SINGLE_TASK else config.baseline))
     grid = Table.grid(padding=(0, 2))
     for name, value in lines:
         grid.add_row(name, value)

@@ -405,6 +405,53 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     assert json.loads((run.pareto / "front.json").read_text()) == front
 
 
+def test_single_task_models_are_trained_first_and_delta_m_is_measured_against_them(shell, capsys):
+    train = {"steps": 40, "evaluate_every": 20, "optimizer": {"name": "Adam", "lr": 0.02}}
+    data = {"train": train, "fine_tune": {"steps": 5}, "problem": {"name": "vlmop2", "variables": 2}}
+    out, err = shell.start("baseline=single_task", **data).communicate(timeout=300)
+    assert "finished" in [event["kind"] for event in shell.run.events()], err
+    alone = RunFolder(shell.folder / "runs" / "one-single_task")
+    specialists = alone.front()
+    assert [member.weights for member in specialists.members] == [[1, 0], [0, 1]]
+    assert (specialists.steps, alone.config()["transfer"]["strength"]) == (45, 0)
+    front = shell.run.front()
+    reference = {"f1": specialists.members[0].objectives[0], "f2": specialists.members[1].objectives[1]}
+    assert front.baseline == reference
+    measures = [f"aligned_mtl/median_{name}" for name in ("condition", "cosine", "magnitude_similarity")]
+    assert front.metrics == dict.fromkeys(["delta_m/tasks", "delta_m/metrics", measures[0]], "lower") | dict.fromkeys(
+        measures[1:], "higher"
+    )
+    client, runs = runs_in_mlflow(shell.folder / "runs")
+    logged = {run.info.run_name: run for run in runs if run.data.tags["popmtl.kind"] == "member"}
+    for member in front.members:
+        worse = [
+            100 * (value / reference[name] - 1) for name, value in zip(("f1", "f2"), member.objectives, strict=True)
+        ]
+        assert member.metrics["delta_m/tasks"] == member.metrics["delta_m/metrics"] == pytest.approx(sum(worse) / 2)
+        assert member.metrics[measures[0]] >= 1
+        assert f"{member.metrics['delta_m/tasks']:.4g}" in out
+    main_parent = next(run for run in runs if run.info.run_name == "one")
+    mine = [run for run in logged.values() if run.data.tags["mlflow.parentRunId"] == main_parent.info.run_id]
+    assert mine
+    for run in mine:
+        curve = client.get_metric_history(run.info.run_id, "aligned_mtl/condition")
+        assert [point.step for point in curve] == [41, 42, 43, 44, 45]
+        assert run.data.metrics["delta_m/tasks"] == pytest.approx(
+            front.members[int(run.data.params["subproblem"])].metrics["delta_m/tasks"]
+        )
+        assert run.data.metrics[measures[0]] == pytest.approx(sorted(point.value for point in curve)[2])
+
+    # Another run need not train them again.
+    (shell.folder / "small.yaml").write_text(yaml.safe_dump(VLMOP2 | data))
+    command = ["train", str(shell.folder / "small.yaml"), "--dry-run"]
+    assert main([*command, f"baseline={alone.location}"]) == OK
+    assert re.search(rf"baseline +{alone.location}", capsys.readouterr().out)
+    assert main([*command, f"baseline={shell.run.location}"]) == BAD_REQUEST
+    assert "has no model that was trained for f1 alone" in capsys.readouterr().err
+    assert main([*command, "baseline=singletask"]) == BAD_REQUEST
+    assert "singletask is not a run folder" in capsys.readouterr().err
+
+
 HEAD = """
 import sys
 from ray.cluster_utils import Cluster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import shutil
 import time
@@ -29,19 +30,26 @@ from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, Steps
 from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RunError
 from popmtl.method.course import Course, Observation
-from popmtl.method.fine_tuning import FineTuned
+from popmtl.method.delta_m import delta_m
+from popmtl.method.fine_tuning import STABILITY, FineTuned
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.method.population import objective_matrix
-from popmtl.method.problem import Evaluation
+from popmtl.method.problem import Direction, Evaluation
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.runs import proof
+from popmtl.runs.baseline import DELTA_M
 from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, discard, files_of, keep_last, set_aside
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
+
+STABILITY_METRICS: dict[str, Direction] = {
+    f"aligned_mtl/median_{name}": "lower" if name == "condition" else "higher" for name in STABILITY
+}
+"""Names, in the front, of the medians over the steps of the Aligned-MTL stage."""
 
 CHUNK_SECONDS = 2.0
 """Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
@@ -447,12 +455,10 @@ class Coordinator:
         figures: dict[str, list[float | None]] = {
             "scalarized_before": [one.before for one in fine_tuned],
             "scalarized_after": [one.after for one in fine_tuned],
-            "condition": [one.condition for one in fine_tuned],
-            "cosine": [one.cosine for one in fine_tuned],
-            "magnitude_similarity": [one.magnitude_similarity for one in fine_tuned],
         }
+        stability = {name: [getattr(one, name) for one in fine_tuned] for name in STABILITY}
         seen = self.course.measure(objective_matrix([one.evaluation for one in fine_tuned]), trained + total)
-        self._record("aligned_mtl", seen, {**figures, "kept": [one.kept for one in fine_tuned]})
+        self._record("aligned_mtl", seen, {**figures, **stability, "kept": [one.kept for one in fine_tuned]})
         if self.sink:
             named = {f"aligned_mtl/{name}": values for name, values in figures.items()}
             self.sink.log_member_figures(trained + total, named)
@@ -470,6 +476,19 @@ class Coordinator:
                 tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
                 await asyncio.to_thread(write_model, self.folder, subproblem, tensors)
         F = objective_matrix(evaluations)
+        metrics = dict(plan.metrics)
+        figures = [dict(evaluation.metrics) for evaluation in evaluations]
+        if plan.reference:
+            directions: dict[str, Direction] = {**dict.fromkeys(plan.objectives, "lower"), **plan.metrics}
+            metrics |= dict.fromkeys(DELTA_M, "lower")
+            for found, objectives in zip(figures, F.tolist(), strict=True):
+                every = dict(zip(plan.objectives, objectives, strict=True)) | found
+                found |= zip(DELTA_M, delta_m(every, plan.reference, directions, plan.tasks), strict=True)
+        if fine_tuned:
+            metrics |= STABILITY_METRICS
+            for found, one in zip(figures, fine_tuned, strict=True):
+                medians = [getattr(one, name) for name in STABILITY]
+                found |= zip(STABILITY_METRICS, [math.nan if x is None else x for x in medians], strict=True)
         assert self.course.reference_point is not None
         front = Front(
             objectives=list(plan.objectives),
@@ -482,7 +501,7 @@ class Coordinator:
                     subproblem=i,
                     weights=plan.W[i].tolist(),
                     objectives=F[i].tolist(),
-                    metrics=evaluations[i].metrics,
+                    metrics=figures[i],
                     stage="aligned_mtl" if fine_tuned and fine_tuned[i].kept else "mtgd",
                     non_dominated=bool(best),
                     model=None if i in lost else model_file(i),
@@ -491,7 +510,8 @@ class Coordinator:
                 )
                 for i, best in enumerate(non_dominated(F))
             ],
-            metrics=plan.metrics,
+            metrics=metrics,
+            baseline=plan.reference or {},
         )
         await asyncio.to_thread(write_front, self.folder, front)
         if self.sink:
@@ -549,7 +569,10 @@ class Coordinator:
         self.metrics.tell(STEP, first + len(losses))
         self.metrics.tell(STEPS_PER_SECOND, self.now.steps_per_second or 0.0)
         if self.sink:
-            self.sink.log_training_losses(np.arange(first, first + len(losses)) + 1, losses)
+            taken_steps = np.arange(first, first + len(losses)) + 1
+            self.sink.log_training_losses(taken_steps, losses)
+            if stability := [taken.stability for taken in steps if taken.stability is not None]:
+                self.sink.log_stability(taken_steps, np.concatenate(stability, axis=1))
 
 
 def describe_failure(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from popmtl.distributed.transport import Transport, choose_overlap, choose_trans
 from popmtl.errors import RequestError
 from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.decomposition import check_weights, weight_vectors
+from popmtl.method.delta_m import tasks_of
 from popmtl.method.fine_tuning import AlignedRecipe
 from popmtl.method.flat import Layout
 from popmtl.method.gradients import shared_parameters
@@ -31,6 +32,8 @@ from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Direction, Problem, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
+from popmtl.runs.baseline import SINGLE_TASK, single_task_figures
+from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import is_remote
 
 Matrix = NDArray[np.float64]
@@ -52,6 +55,7 @@ class RunPlan:
         config: as given.
         objectives: the m names.
         metrics: names of the further figures, each with the direction that is better.
+        tasks: names of the figures that measure each task, see `tasks_of`.
         W: weight vectors, (N, m).
         M: transfer coefficients, (N, N).
         factors: σ_t of each MTGD step.
@@ -65,11 +69,13 @@ class RunPlan:
         placement: actors and their rows.
         transport: that moves the rows, and why.
         warnings: what is allowed, and may yet be a mistake.
+        reference: the figures of single-task models, by name, for Δm; None without, or as long as they are not trained.
     """
 
     config: Config
     objectives: tuple[str, ...]
     metrics: dict[str, Direction]
+    tasks: dict[str, Sequence[str]]
     W: Matrix
     M: Matrix
     factors: Matrix
@@ -83,6 +89,7 @@ class RunPlan:
     placement: Placement
     transport: Transport
     warnings: tuple[str, ...]
+    reference: dict[str, float] | None = None
 
     @property
     def transfers(self) -> bool:
@@ -183,6 +190,15 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
                 f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives and metrics have "
                 "letters, digits, spaces and _-.:/ only"
             )
+    for task, names in problem.tasks.items():
+        if task not in objectives or not set(names) <= set(problem.metrics):
+            raise RequestError(
+                f"problem {config.problem.name}: tasks names {task}: {', '.join(names)}; it is for objectives, and the "
+                "metrics of each"
+            )
+    reference = None
+    if config.baseline not in (None, SINGLE_TASK):
+        reference = single_task_figures(RunFolder(config.baseline), objectives, problem.tasks)
     W = _about("population", lambda: _weights(config, m))
     if config.scalarization.name == "pbi" and not W.all():
         raise RequestError("population.weights: the pbi scalarization takes no weight of 0")
@@ -215,6 +231,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         config=config,
         objectives=objectives,
         metrics=dict(problem.metrics),
+        tasks=tasks_of(objectives, problem.tasks),
         W=W,
         M=M,
         factors=schedule_factors(
@@ -230,6 +247,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         placement=placement,
         transport=transport,
         warnings=tuple(warnings),
+        reference=reference,
     )
 
 

@@ -43,6 +43,7 @@ class Steps:
 
     Attributes:
         losses: of training, (n, k, m).
+        stability: of the task gradients, (n, k, 3), in the Aligned-MTL stage; see `FineTuning.run`.
         seconds: that they took.
         waited: of these, waiting for the transfer; see `Timed`.
         departures: of rows that left in them.
@@ -53,6 +54,7 @@ class Steps:
     seconds: float
     waited: float
     departures: Sequence[Departure]
+    stability: NDArray[np.float64] | None = None
     traced: str | None = None
 
 
@@ -198,7 +200,9 @@ class SubproblemActor:
         """Has so many of the next steps be in a trace."""
         self.profile = Profile(steps, self.folder)
 
-    def _report(self, losses: NDArray[np.float64], seconds: float) -> Steps:
+    def _report(
+        self, losses: NDArray[np.float64], seconds: float, stability: NDArray[np.float64] | None = None
+    ) -> Steps:
         """What the coordinator is told of steps, and Prometheus."""
         waited, columns = self.mixing.take()
         self.metrics.tell(STEPS, len(losses))
@@ -208,7 +212,7 @@ class SubproblemActor:
         traced = self.profile.outcome if self.profile else None
         if traced:
             self.profile = None
-        return Steps(losses, seconds, waited, self.block.take_departures(), traced)
+        return Steps(losses, seconds, waited, self.block.take_departures(), stability, traced)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
         """The rows' objective values and metrics."""
@@ -223,8 +227,8 @@ class SubproblemActor:
         """Takes steps of the stage."""
         assert self.fine_tuning is not None  # it was started
         start = time.perf_counter()
-        losses = self.fine_tuning.run(first, steps)
-        return self._report(losses, time.perf_counter() - start)
+        losses, stability = self.fine_tuning.run(first, steps)
+        return self._report(losses, time.perf_counter() - start, stability)
 
     def finish_fine_tuning(self) -> list[FineTuned]:
         """Leaves the stage, each model as it is better."""

@@ -25,6 +25,10 @@ Variant = Literal["exact", "ub"]
 VARIANTS: tuple[Variant, ...] = ("exact", "ub")
 
 
+STABILITY = ("condition", "cosine", "magnitude_similarity")
+"""The measures of the task gradients at each step, before alignment; see `Aligned`."""
+
+
 @dataclass(frozen=True)
 class AlignedRecipe:
     """How the stage trains.
@@ -106,15 +110,22 @@ class FineTuning:
         if recipe.variant == "exact":
             self.shared = block.shared_columns()
 
-    def run(self, first: int, steps: int) -> NDArray[np.float64]:
-        """Takes steps first … first+steps−1 of the stage; returns their training losses, shape (steps, k, m).
+    def run(self, first: int, steps: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Takes steps first … first+steps−1 of the stage.
 
-        They are NaN of rows that are out.
+        Returns:
+            Their training losses, shape (steps, k, m), and the measures of stability, (steps, k, 3), in the order of
+            `STABILITY`. They are NaN of rows that are out.
         """
-        losses = [self.step(t) for t in range(first, first + steps)]
-        if not losses:
-            return np.empty((0, *self.block.weights.shape))
-        return torch.stack(losses).double().cpu().numpy()
+        losses = torch.full((steps, *self.block.weights.shape), math.nan, dtype=torch.float64)
+        measured = np.full((steps, len(self.block.models), len(STABILITY)), math.nan)
+        for n in range(steps):
+            before = [len(taken) for taken in self.stability]
+            losses[n] = self.step(first + n)
+            for i, taken in enumerate(self.stability):
+                if len(taken) > before[i]:
+                    measured[n, i] = taken[-1]
+        return losses.numpy(), measured
 
     def step(self, t: int) -> Tensor:
         """One aligned step of every row; returns the losses, shape (k, m)."""

@@ -32,6 +32,8 @@ class Problem(ABC):
     Attributes:
         objectives: the m names of the losses, in the order in which `losses` returns them.
         metrics: names of further reported figures, each with the direction that is better.
+        tasks: for an objective, the names of the metrics that measure its task, which Δm compares with single-task
+            training; an objective that is not named here is measured by its own value.
         reference_point: the point, worse than every model of interest, that hypervolume is measured
             from; None derives one from the objective values of the initial model.
         ideal_point: a known lower bound of each objective, such as 0 for a cross-entropy; None tracks the least
@@ -42,6 +44,7 @@ class Problem(ABC):
 
     objectives: Sequence[str]
     metrics: Mapping[str, Direction] = {}
+    tasks: Mapping[str, Sequence[str]] = {}
     reference_point: Sequence[float] | None = None
     ideal_point: Sequence[float] | None = None
     bounds: tuple[float | Tensor, float | Tensor] | None = None

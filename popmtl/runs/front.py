@@ -55,6 +55,7 @@ class Front:
         steps: training steps that each member took.
         members: all members, dominated ones too, by subproblem.
         metrics: names of the members' further figures, each with the direction that is better.
+        baseline: figures of single-task models that the members' Δm is measured against, by name; empty without.
     """
 
     objectives: Sequence[str]
@@ -64,6 +65,7 @@ class Front:
     steps: int
     members: Sequence[Member]
     metrics: Mapping[str, Direction] = field(default_factory=dict)
+    baseline: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of front.json; a value that is not finite is null."""
@@ -99,6 +101,7 @@ class Front:
                 for member in content["members"]
             ],
             metrics=content.get("metrics", {}),
+            baseline=content.get("baseline", {}),
         )
 
 

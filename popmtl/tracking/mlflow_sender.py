@@ -29,6 +29,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 import popmtl
 from popmtl.errors import RequestError
+from popmtl.method.fine_tuning import STABILITY
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import hypervolumes
@@ -110,7 +111,8 @@ class Sender:
             "opening": self._open,
             "file": lambda entry: self._log_file(entry["name"]),
             "evaluation": self._log_evaluation,
-            "training losses": lambda entry: self._log_losses("train/loss", entry, entry["steps"], entry["losses"]),
+            "training losses": lambda entry: self._log_curves("train/loss", self._objectives, entry),
+            "stability": lambda entry: self._log_curves("aligned_mtl", STABILITY, entry),
             "members' figures": self._log_member_figures,
             "event": self._log_event,
             "front": self._log_front,
@@ -213,17 +215,15 @@ class Sender:
         step = entry["step"]
         figures = [("hypervolume", entry["hypervolume"], step), ("front/size", entry["front_size"], step)]
         self._collect(self._parent(), entry, figures)
-        self._log_losses("val/loss", entry, [step], [entry["losses"]])
+        self._log_curves("val/loss", self._objectives, {**entry, "steps": [step], "values": [entry["losses"]]})
 
-    def _log_losses(
-        self, prefix: str, entry: Entry, steps: Sequence[int], losses: Sequence[Sequence[Sequence[float | None]]]
-    ) -> None:
-        """Losses of shape (T, N, m) at T steps to the members' runs."""
+    def _log_curves(self, prefix: str, names: Sequence[str], entry: Entry) -> None:
+        """Points of the members' curves: an entry's values, shape (T, N, names), at T steps."""
         for i, run_id in self._members():
             figures = [
-                (f"{prefix}/{name}", losses[t][i][k], step)
-                for t, step in enumerate(steps)
-                for k, name in enumerate(self._objectives)
+                (f"{prefix}/{name}", of_members[i][k], step)
+                for step, of_members in zip(entry["steps"], entry["values"], strict=True)
+                for k, name in enumerate(names)
             ]
             self._collect(run_id, entry, figures)
 

@@ -6,8 +6,8 @@
        │                      artifacts: config.yaml, pareto/{explorer.html,front.json,front.csv,front.png}
        │                      model "front", which chooses; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
-                              metrics: train/loss/<objective>, val/loss/<objective>, at the end objective/<objective>
-                              and the problem's own
+                              metrics: train/loss/<objective>, val/loss/<objective>, aligned_mtl/<measure>, at the
+                              end objective/<objective> and the problem's own
                               model "member-000", artifact model/model.safetensors
 
 Every call adds an entry to a journal in the run folder (`outbox`), and one thread sends the journal (`mlflow_sender`):
@@ -52,7 +52,7 @@ SQLITE = "sqlite:///"
 CURVE_POINTS, CURVE_SECONDS = 300, 5.0
 # Entries that are points of curves. What there is of them goes to MLflow together, every so many seconds of a run: each
 # call, one for a member, takes 7 ms of a processor that the members may be training on.
-CURVES, SEND_SECONDS = ("evaluation", "training losses", "members' figures"), 8.0
+CURVES, SEND_SECONDS = ("evaluation", "training losses", "stability", "members' figures"), 8.0
 # Seconds between two tries while MLflow is away: doubled from the first to the last; at a run's end, the second.
 FIRST_PAUSE, CLOSING_PAUSE, LAST_PAUSE = 1.0, 2.0, 15.0
 # An entry that fails so often, while MLflow answers other requests, is itself what is wrong.
@@ -87,12 +87,15 @@ class MlflowSink:
         self._folder, self._opening = folder, opening
         self._outbox = Outbox(folder, journal, [self.uri, opening["experiment"], opening["parent"]])
         logged = max((entry["steps"][-1] for entry in journal if entry["kind"] == "training losses"), default=0)
-        self._curves = _Curves(max(1, math.ceil(steps / CURVE_POINTS)), logged)
+        measured = max((entry["steps"][-1] for entry in journal if entry["kind"] == "stability"), default=0)
+        width = max(1, math.ceil(steps / CURVE_POINTS))
+        self._curves, self._stability = _Curves(width, logged), _Curves(width, measured)
         self._events = [entry["what"] for entry in journal if entry["kind"] == "event"]
         self._messages: dict[str, None] = {}
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._away, self._unsaved = False, True
-        self._progress = self._saved = self._drawn = time.monotonic()
+        self._progress = self._saved = time.monotonic()
+        self._drawn = {"training losses": self._saved, "stability": self._saved}
         # A daemon, so that a server that does not answer cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow-sink", daemon=True)
 
@@ -185,10 +188,16 @@ class MlflowSink:
             steps: the steps' numbers, from 1, shape (T,), ascending.
             losses: minibatch losses, shape (T, N, m).
         """
-        points = self._curves.add(np.array(steps, dtype=np.int64), np.array(losses, dtype=np.float64))
-        if not len(points[0]) and time.monotonic() - self._drawn >= CURVE_SECONDS:
-            points = self._curves.rest()
-        self._add_points(points)
+        self._draw("training losses", self._curves, steps, losses)
+
+    def log_stability(self, steps: ArrayLike, measures: ArrayLike) -> None:
+        """Logs the measures of the task gradients before alignment, likewise.
+
+        Args:
+            steps: the steps' numbers, as for the losses.
+            measures: shape (T, N, 3), in the order of `STABILITY`.
+        """
+        self._draw("stability", self._stability, steps, measures)
 
     def log_member_figures(self, step: int, figures: Mapping[str, Sequence[float | None]]) -> None:
         """Logs further figures of each member, by name, N values each; None is left out."""
@@ -232,7 +241,8 @@ class MlflowSink:
         Returns:
             What went wrong since `open`, one message each; empty when all has been logged.
         """
-        self._add_points(self._curves.rest())
+        self._add_points("training losses", self._curves.rest())
+        self._add_points("stability", self._stability.rest())
         self._outbox.add("closing", {"status": status})
         return self._finish(timeout)
 
@@ -253,11 +263,17 @@ class MlflowSink:
             ] = None
         return list(self._messages)
 
-    def _add_points(self, points: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
-        steps, losses = points
+    def _draw(self, kind: str, curves: _Curves, steps: ArrayLike, values: ArrayLike) -> None:
+        points = curves.add(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
+        if not len(points[0]) and time.monotonic() - self._drawn[kind] >= CURVE_SECONDS:
+            points = curves.rest()
+        self._add_points(kind, points)
+
+    def _add_points(self, kind: str, points: tuple[NDArray[np.int64], NDArray[np.float64]]) -> None:
+        steps, values = points
         if len(steps):
-            self._drawn = time.monotonic()
-            self._outbox.add("training losses", {"steps": steps, "losses": losses})
+            self._drawn[kind] = time.monotonic()
+            self._outbox.add(kind, {"steps": steps, "values": values})
 
     def _remember(self, what: str, error: str) -> None:
         message = f"{what}: {error}"

@@ -105,7 +105,8 @@ def test_equals_a_hand_written_loop(variant, scale):
     problem, steps = TwoTargets(), 12
     block = block_of(problem)
     stage = FineTuning(block, AlignedRecipe(steps, adam(0.03), decay, scale, variant), IDEAL)
-    losses = np.concatenate([stage.run(50, 5), stage.run(55, 7)])
+    pieces = [stage.run(50, 5), stage.run(55, 7)]
+    losses, measures = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     trained = copy.deepcopy(block.models)
     results = stage.finish()
 
@@ -136,6 +137,7 @@ def test_equals_a_hand_written_loop(variant, scale):
             optimizer.step()
             schedule.step()
         assert_equal_models(trained[i], model)
+        np.testing.assert_allclose(measures[:, i].T, [conditions, cosines, similarities], rtol=1e-6, atol=1e-9)
         assert results[i].condition == pytest.approx(np.median(conditions), rel=1e-6)
         assert results[i].cosine == pytest.approx(np.median(cosines), abs=1e-9)
         assert results[i].magnitude_similarity == pytest.approx(np.median(similarities), abs=1e-9)
@@ -216,7 +218,8 @@ def test_zero_steps_change_nothing():
     block = block_of(TwoTargets())
     rows = block.rows.clone()
     stage = FineTuning(block, AlignedRecipe(0, adam(1.0)), IDEAL)
-    assert stage.run(0, 0).shape == (0, 3, 2)
+    losses, measures = stage.run(0, 0)
+    assert (losses.shape, measures.shape) == ((0, 3, 2), (0, 3, 3))
     for result in stage.finish():
         assert result.kept
         assert result.before == result.after
@@ -261,11 +264,12 @@ def test_a_row_that_is_not_finite_is_named_and_goes_back_to_the_model_from_befor
     block = block_of(problem, [2, 0])
     rows = block.rows.clone()
     stage = FineTuning(block, AlignedRecipe(3, adam(0.1), variant=variant), IDEAL)
-    losses = stage.run(20, 3)
+    losses, measures = stage.run(20, 3)
     departures = block.take_departures()
     assert [(d.subproblem, d.step) for d in departures] == [(2, 20), (0, 20)]
     assert departures[0].why.startswith(message)
     assert np.isnan(losses).all()
+    assert np.isnan(measures).all()
     assert not any(result.kept for result in stage.finish())
     assert torch.equal(block.rows, rows)
     assert block.out == [False, False]

@@ -103,13 +103,13 @@ def test_fine_tuning_goes_on_bit_for_bit(variant, done):
     stage = FineTuning(straight, aligned, ideal)
     stage.run(CUT, done)
     states = stage.snapshot()
-    expected = stage.run(CUT + done, 9 - done)
+    expected = stage.run(CUT + done, 9 - done)[0]
     results = stage.finish()
 
     new = Block(NoisyRegression(), range(3), W, recipe)
     play_again(new, CUT + done)
     again = FineTuning(new, aligned, ideal, (done, through_json(states)))
-    np.testing.assert_array_equal(again.run(CUT + done, 9 - done), expected)
+    np.testing.assert_array_equal(again.run(CUT + done, 9 - done)[0], expected)
     for one, other in zip(again.finish(), results, strict=True):
         assert (one.before, one.after, one.kept) == (other.before, other.after, other.kept)
         assert (one.condition, one.cosine) == (other.condition, other.cosine)
