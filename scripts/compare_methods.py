@@ -4,17 +4,20 @@
         --reference 2 2
     python scripts/compare_methods.py configs/river_flow.yaml problem.path=… --methods mtgd mtgd+aligned single_task
 
-    mtgd            with the config's transfer, without fine-tuning
-    mtgd+aligned    and then Aligned-MTL for as many steps as the config says
+    mtgd            with the config's transfer
+    mtgd+aligned    and Aligned-MTL in the last steps, as many as the config's fine_tune says
     no_transfer     each subproblem alone
     weighted_sum    each alone, by the weighted sum of its objectives in place of the scalarization
+    aligned_mtl     each alone, by Aligned-MTL from the first step
+    MGDA, PCGrad …  each alone, by TorchJD's aggregator of that name, see popmtl/method/gradients.py
     single_task     one model an objective, by that objective alone
 
-Trains in this process, on the CPU and without Ray (a distributed run equals it), one method and seed after the other;
---jobs takes several processes. Prints mean ± standard deviation over the seeds of the hypervolume on the test split, of
-the best that any model of a set reaches in each objective and metric, and of the processor's seconds. The hypervolume
-is of the objectives, or of what --figures names (of objectives and metrics, smaller is better), at --reference, else at
-the problem's own point. Writes compare_methods.json and compare_methods.png to --out.
+All train as many steps as the config's stages have together. In this process, on the CPU and without Ray (a distributed
+run equals it), one method and seed after the other; --jobs takes several processes. Prints mean ± standard deviation
+over the seeds of the hypervolume on the test split; of the best that any model of a set reaches in each objective and
+metric, and in Δm over tasks and metrics against single_task with the same seed; and of the processor's seconds. The
+hypervolume is of the objectives, or of what --figures names (of objectives and metrics, smaller is better), at
+--reference, else at the problem's own point. Writes compare_methods.json and compare_methods.png to --out.
 """
 
 from __future__ import annotations
@@ -34,18 +37,31 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from popmtl.config import load_config
+from popmtl.config import load_config, single_task
 from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import RunPlan, make_plan, train_in_process
+from popmtl.method.delta_m import DeltaM, delta_m
 from popmtl.method.front import hypervolume, non_dominated
+from popmtl.problems.registry import load_problem
 
-METHODS = {
-    "mtgd": ["fine_tune.steps=0"],
-    "mtgd+aligned": [],
-    "no_transfer": ["fine_tune.steps=0", "transfer=none"],
-    "weighted_sum": ["fine_tune.steps=0", "transfer=none", "scalarization.name=weighted_sum"],
-    "single_task": ["fine_tune.steps=0", "transfer=none", "scalarization.name=weighted_sum"],
+RIVALS = {
+    "aligned_mtl": "{name: aligned_mtl}",
+    "MGDA": "{name: MGDA}",
+    "PCGrad": "{name: PCGrad}",
+    "CAGrad": "{name: CAGrad, c: 0.4}",  # as in its paper
+    "IMTLG": "{name: IMTLG}",
+    "NashMTL": "{name: NashMTL}",
+    "UPGrad": "{name: UPGrad}",
 }
+METHODS = {
+    "mtgd": [],
+    "mtgd+aligned": [],
+    "no_transfer": ["transfer=none"],
+    "weighted_sum": ["transfer=none", "scalarization.name=weighted_sum"],
+    **{name: ["transfer=none", f"train.gradient={gradient}"] for name, gradient in RIVALS.items()},
+    "single_task": [],
+}
+DEFAULT = ("mtgd", "mtgd+aligned", "no_transfer", "weighted_sum", "aligned_mtl", "single_task")
 
 
 def plan_of(config: str, overrides: list[str], method: str, seed: int) -> RunPlan:
@@ -54,13 +70,13 @@ def plan_of(config: str, overrides: list[str], method: str, seed: int) -> RunPla
     Raises:
         RequestError: the config is wrong.
     """
-    choices = [*overrides, *METHODS[method], f"seed={seed}"]
-    plan = make_plan(load_config(config, choices), local_nodes())
+    asked = load_config(config, [*overrides, f"seed={seed}"])
     if method == "single_task":
-        choices.append(f"population.weights={np.eye(len(plan.objectives)).tolist()}")
-        choices.append(f"population.subproblems={len(plan.objectives)}")
-        plan = make_plan(load_config(config, choices), local_nodes())
-    return plan
+        problem = load_problem(asked.problem.name, asked.problem.parameters)
+        return make_plan(single_task(asked, len(problem.objectives)), local_nodes())
+    budget = [f"train.steps={asked.train.steps + asked.fine_tune.steps}", "fine_tune.steps=0"]
+    choices = [*overrides, *METHODS[method], *(() if method == "mtgd+aligned" else budget), f"seed={seed}"]
+    return make_plan(load_config(config, choices), local_nodes())
 
 
 def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str, Any]:
@@ -80,6 +96,7 @@ def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str
         "steps": len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
         "seconds": seconds,
         "values": values,
+        "tasks": plan.tasks,
         "directions": dict.fromkeys(plan.objectives, "lower") | dict(plan.metrics),
         "kept": sum(one.kept for one in population.fine_tuned),
     }
@@ -94,6 +111,22 @@ def measured(run: dict[str, Any], figures: list[str], reference: np.ndarray) -> 
     return {"hypervolume": hypervolume(F, reference), "non-dominated": int(non_dominated(F).sum()), **best}
 
 
+def add_delta_m(runs: list[dict[str, Any]]) -> None:
+    """Gives each run the least Δm of its models, over tasks and over metrics, where its seed has single-task models."""
+    references = {run["seed"]: reference(run) for run in runs if run["method"] == "single_task"}
+    for run in runs:
+        if run["seed"] in references and run["method"] != "single_task":
+            rows = [dict(zip(run["values"], row, strict=True)) for row in zip(*run["values"].values(), strict=True)]
+            found = [delta_m(row, references[run["seed"]], run["directions"], run["tasks"]) for row in rows]
+            for name, values in zip(DeltaM._fields, zip(*found, strict=True), strict=True):
+                run["figures"][f"Δm over {name}, %"] = min(values)
+
+
+def reference(run: dict[str, Any]) -> dict[str, float]:
+    """The figures of each task of the single-task model that was trained for it."""
+    return {name: run["values"][name][j] for j, names in enumerate(run["tasks"].values()) for name in names}
+
+
 def spread(values: list[float]) -> str:
     return f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else f"{values[0]:.4g}"
 
@@ -105,9 +138,11 @@ def print_table(runs: list[dict[str, Any]], figures: list[str]) -> None:
     for method in methods:
         table.add_column(method, justify="right", no_wrap=True)
     of = {method: [run for run in runs if run["method"] == method] for method in methods}
-    names = ["hypervolume", "non-dominated", *(f"best {name}" for name in runs[0]["values"])]
+    names = dict.fromkeys(name for run in runs for name in run["figures"])
     for name in names:
-        table.add_row(name, *(spread([run["figures"][name.removeprefix("best ")] for run in of[m]]) for m in methods))
+        label = name if name in ("hypervolume", "non-dominated") else f"best {name}"
+        cells = [[run["figures"][name] for run in of[m] if name in run["figures"]] for m in methods]
+        table.add_row(label, *(spread(values) if values else "" for values in cells))
     for name, key in (("models", "models"), ("parameters of a model", "parameters"), ("steps", "steps")):
         table.add_row(name, *(str(of[method][0][key]) for method in methods))
     table.add_row("kept by Aligned-MTL", *(spread([run["kept"] for run in of[method]]) for method in methods))
@@ -141,7 +176,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--figures", nargs="+", help="what the hypervolume is of; default: the objectives")
     parser.add_argument("--reference", type=float, nargs="+", help="default: the problem's own")
@@ -172,6 +207,7 @@ def main() -> int:
                 soft_wrap=True,
             )
     runs.sort(key=lambda run: grid.index((run["method"], run["seed"])))
+    add_delta_m(runs)
     print_table(runs, figures)
     result = {"figures": figures, "reference": list(reference), "runs": runs}
     (options.out / "compare_methods.json").write_text(json.dumps(result, indent=1))

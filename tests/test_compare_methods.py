@@ -25,13 +25,14 @@ def config(tmp_path):
 
 def test_each_method_is_what_it_is_called(config):
     plans = {name: compare_methods.plan_of(config, [], name, 4) for name in compare_methods.METHODS}
+    assert {name for name, plan in plans.items() if plan.recipe.gradient} == set(compare_methods.RIVALS)
     assert {name for name, plan in plans.items() if plan.transfers} == {"mtgd", "mtgd+aligned"}
     assert {name for name, plan in plans.items() if plan.aligned} == {"mtgd+aligned"}
     sums = {name for name, plan in plans.items() if plan.recipe.scalarization.name == "weighted_sum"}
     assert sums == {"weighted_sum", "single_task"}
     assert plans["single_task"].W.tolist() == [[1, 0], [0, 1]]
     assert {plan.recipe.seed for plan in plans.values()} == {4}
-    assert len({len(plan.factors) for plan in plans.values()}) == 1
+    assert {len(plan.factors) + (plan.aligned.steps if plan.aligned else 0) for plan in plans.values()} == {35}
 
 
 def test_the_figures_are_those_of_the_models(config, tmp_path, monkeypatch, capsys):
@@ -46,6 +47,11 @@ def test_the_figures_are_those_of_the_models(config, tmp_path, monkeypatch, caps
         F = np.array([run["values"]["f1"], run["values"]["f2"]]).T
         assert run["figures"]["hypervolume"] == pytest.approx(hypervolume(F, np.array(found["reference"])))
         assert run["figures"]["f1"] == F[:, 0].min()
+        if run["method"] == "mtgd":
+            (alone,) = (one["values"] for one in found["runs"] if one["seed"] == run["seed"] and one is not run)
+            worse = 50 * (F[:, 0] / alone["f1"][0] + F[:, 1] / alone["f2"][1] - 2)
+            assert run["figures"]["Δm over tasks, %"] == pytest.approx(worse.min())
+            assert run["figures"]["Δm over metrics, %"] == pytest.approx(worse.min())
     mean = np.mean([run["figures"]["hypervolume"] for run in found["runs"][:2]])
     assert f"{mean:.4g}" in capsys.readouterr().out
     assert (tmp_path / "compare_methods.png").stat().st_size > 1000
