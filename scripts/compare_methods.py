@@ -40,6 +40,7 @@ from rich.table import Table
 from popmtl.config import load_config, single_task
 from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import RunPlan, make_plan, train_in_process
+from popmtl.errors import RequestError
 from popmtl.method.delta_m import DeltaM, delta_m
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.problems.registry import load_problem
@@ -183,7 +184,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_intermixed_args()
-    plan = plan_of(options.config, options.overrides, "mtgd", 0)
+    try:
+        plan = plan_of(options.config, options.overrides, "mtgd", 0)
+    except RequestError as error:
+        parser.error(str(error))
     figures = options.figures or list(plan.objectives)
     if unknown := [name for name in figures if name not in (*plan.objectives, *plan.metrics)]:
         parser.error(f"--figures: {unknown[0]}: there are {', '.join((*plan.objectives, *plan.metrics))}")

@@ -61,6 +61,7 @@ def test_the_figures_are_those_of_the_models(config, tmp_path, monkeypatch, caps
     ("arguments", "message"),
     [
         (["--figures", "f1", "f3"], "--figures: f3: there are f1, f2"),
+        (["problem.variables=x"], "problem vlmop2: "),
         (["--reference", "1"], "--reference: give 2 numbers, for f1, f2"),
     ],
 )
