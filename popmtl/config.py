@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from popmtl.errors import RequestError
+from popmtl.errors import RequestError, nearest
 from popmtl.method.aligned_mtl import SCALES
 from popmtl.method.decomposition import MIN_WEIGHT
 from popmtl.method.gradients import GradientMethod, gradient_method
@@ -423,12 +422,6 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`: did you mean …?` for a name that is close to a known one, or nothing."""
-    match = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {match[0]}?" if match else ""
 
 
 def _argument(cls: type, section: BaseModel) -> str:

@@ -1,4 +1,15 @@
-"""The two ways in which PopMTL says no. The command line turns them into exit codes."""
+"""The two ways in which PopMTL says no, which the command line turns into exit codes, and how it helps along."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`: did you mean …?` for a name that is close to a known one, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f": did you mean {match[0]}?" if match else ""
 
 
 class RequestError(ValueError):

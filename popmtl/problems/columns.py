@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
-from popmtl.errors import RequestError
+from popmtl.errors import RequestError, nearest
 
 
 def read_columns(path: str) -> pd.DataFrame:
@@ -144,8 +143,7 @@ def check_names(key: str, names: Sequence[str], frame: pd.DataFrame) -> None:
     """Raises a RequestError for a column that the file does not have, with one that is close to it."""
     for name in names:
         if name not in frame.columns:
-            close = difflib.get_close_matches(name, list(frame.columns), n=1)
-            hint = f": did you mean {close[0]!r}?" if close else f"; it has {', '.join(map(repr, frame.columns))}"
+            hint = nearest(name, frame.columns) or f"; it has {', '.join(map(repr, frame.columns))}"
             raise RequestError(f"{key}: the file has no column {name!r}{hint}")
 
 

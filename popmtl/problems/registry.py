@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from popmtl.errors import RequestError
+from popmtl.errors import RequestError, nearest
 from popmtl.method.problem import Problem
 
 BUILT_IN = {
@@ -48,8 +47,8 @@ def _find_class(name: str) -> type[Problem]:
     module_name, colon, class_name = BUILT_IN.get(name, name).partition(":")
     if not colon:
         raise RequestError(
-            f"there is no built-in problem {name!r}{_nearest(name, BUILT_IN)}; "
-            f"there are {', '.join(BUILT_IN)}, and your own as package.module:Class"
+            f"there is no built-in problem {name!r}; there are {', '.join(BUILT_IN)}, and your own as "
+            f"package.module:Class{nearest(name, BUILT_IN)}"
         )
     try:
         module = importlib.import_module(module_name)
@@ -65,7 +64,7 @@ def _find_class(name: str) -> type[Problem]:
     found = getattr(module, class_name, None)
     if found is None:
         raise RequestError(
-            f"problem {name}: module {module_name} has no {class_name!r}{_nearest(class_name, vars(module))}"
+            f"problem {name}: module {module_name} has no {class_name!r}{nearest(class_name, vars(module))}"
         )
     if not (inspect.isclass(found) and issubclass(found, Problem)):
         raise RequestError(f"problem {name}: {class_name} is not a subclass of popmtl.problems.Problem")
@@ -83,12 +82,7 @@ def _check_parameters(name: str, problem: type[Problem], parameters: Mapping[str
     if not any(p.kind is p.VAR_KEYWORD for p in signature):
         for given in parameters:
             if given not in known:
-                raise RequestError(f"problem {name}: no parameter {given!r}{_nearest(str(given), known)}; {takes}")
+                raise RequestError(f"problem {name}: no parameter {given!r}; {takes}{nearest(str(given), known)}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in parameters]
     if missing:
         raise RequestError(f"problem {name}: needs {', '.join(missing)}; {takes}")
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=1)
-    return f" (nearest: {matches[0]})" if matches else ""

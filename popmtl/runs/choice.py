@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from popmtl.errors import RequestError
+from popmtl.errors import RequestError, nearest
 from popmtl.method.front import knee, non_dominated, pick
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
@@ -193,8 +193,6 @@ def _values(front: Front, name: str, option: str) -> NDArray[np.float64]:
         return objective_values(front)[:, list(front.objectives).index(name)]
     metrics = dict.fromkeys(metric for member in front.members for metric in member.metrics)
     if name not in metrics:
-        from popmtl.config import nearest  # here and not above: it imports torch
-
         known = [*front.objectives, *metrics]
         raise RequestError(f"{option}: there are {', '.join(known)}, and no {name!r}{nearest(name, known)}")
     return np.array([member.metrics.get(name, np.nan) for member in front.members], dtype=np.float64)

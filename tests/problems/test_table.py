@@ -121,7 +121,7 @@ def test_it_learns_what_is_there_to_learn(written):
     ("parameters", "message"),
     [
         ({"targets": ["price"]}, "targets: .* must be a list of two or more columns"),
-        ({"targets": ["price", "agee"]}, "targets: the file has no column 'agee': did you mean 'age'"),
+        ({"targets": ["price", "agee"]}, "targets: the file has no column 'agee': did you mean age?"),
         ({"inputs": ["size", "zzz"]}, "inputs: the file has no column 'zzz'; it has 'size', 'colour'"),
         ({"inputs": ["size", "age"]}, "inputs: 'age' is a target too"),
         ({"targets": ["price", "colour"]}, "targets: 'colour' is not a column of numbers"),
