@@ -252,7 +252,9 @@ class Sender:
         if entry["lost"]:
             client.set_tag(run_id, "popmtl.lost", entry["lost"])
         figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
-        points = [(key, value, step) for key, value in {**figures, **entry["metrics"]}.items()]
+        # A metric may be undefined where nothing diverged, as is a Δm from 0.
+        metrics = {key: value for key, value in entry["metrics"].items() if value is not None}
+        points = [(key, value, step) for key, value in {**figures, **metrics}.items()]
         self._log(run_id, entry, points)
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:

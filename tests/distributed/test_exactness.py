@@ -1,5 +1,7 @@
 """The distributed run is the algorithm: it equals the reference in one process, whatever the actors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,14 @@ def test_moments_in_buckets_and_uneven_blocks_and_fine_tuning_equal_the_referenc
     assert largest_difference(states(folder), expected) < 1e-10
     ours = [(one.before, one.after, one.kept) for one in report.fine_tuned]
     np.testing.assert_allclose(ours, [(one.before, one.after, one.kept) for one in population.fine_tuned], rtol=1e-10)
+
+
+def test_a_rival_with_transfer_equals_the_reference(run):
+    plan, folder, _ = run(config(2, "adapt_then_combine", train={"gradient": {"name": "UPGrad"}}))
+    assert plan.transport.overlap.startswith("none: a gradient method needs")
+    assert largest_difference(states(folder), reference(plan)[1]) < 1e-10
+    scalar = replace(plan, recipe=replace(plan.recipe, gradient=None))
+    assert largest_difference(states(folder), reference(scalar)[1]) > 1e-3
 
 
 def test_rows_that_go_only_where_they_are_taken_equal_the_reference(run):

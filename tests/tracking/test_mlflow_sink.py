@@ -3,6 +3,7 @@
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,7 +51,8 @@ def logged(storage, environment, tmp_path_factory):
         sink.log_training_losses(np.arange(start + 1, start + 51), losses[start : start + 50])
     sink.log_evaluation(350, 0.1, 2, [[0.4, 1.0], [0.7, 0.7], [np.inf, 0.5]])
     sink.log_evaluation(700, 0.2, 3, [[0.3, 0.9], [0.6, 0.6], [0.8, 0.4]])
-    sink.log_front(front, "front")
+    members = [replace(one, metrics={**one.metrics, "undefined": np.nan}) for one in front.members]
+    sink.log_front(replace(front, members=members), "front")
     messages = sink.close("FINISHED", timeout=120)
     assert messages == []
     client = MlflowClient(sink.uri)
