@@ -422,6 +422,21 @@ def test_every_model_goes_through_both_stages(nyuv2, model, variant):
     assert np.isfinite(population.history[-1].F).all()
 
 
+def test_a_plan_evaluates_one_batch(tmp_path, monkeypatch):
+    """A whole split would take minutes on a CPU, before anything is trained."""
+    write_scenes(tmp_path, train=10)
+    sizes = []
+    measure = Nyuv2.evaluate
+
+    def evaluate(problem, model, split):
+        sizes.append([len(batch["image"]) for batch in problem.evaluation_batches(split)])
+        return measure(problem, model, split)
+
+    monkeypatch.setattr(Nyuv2, "evaluate", evaluate)
+    plan_of(tmp_path, "problem.model=segnet", "problem.width=2", "problem.validation=0.5")
+    assert sizes == [[2]]
+
+
 @pytest.mark.parametrize("instance", [False, True])
 def test_the_config_of_cityscapes_is_a_plan(cityscapes, instance):
     overrides = [f"problem.path={cityscapes}", "problem.validation=0.34", "problem.width=4", "problem.batch_size=2"]
