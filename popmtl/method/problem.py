@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -95,9 +96,7 @@ class Problem(ABC):
         objectives = torch.zeros(len(self.objectives), dtype=torch.float64)
         metrics = dict.fromkeys(self.metrics, 0.0)
         total = 0
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for batch in self.evaluation_batches(split):
                 moved = to_model(batch, reference)
                 size = batch_length(moved)
@@ -105,8 +104,6 @@ class Problem(ABC):
                 for name, value in self.measure(model, moved).items():
                     metrics[name] += size * float(value)
                 total += size
-        for module, training in modes.items():  # a layer may be kept in eval mode while the others train
-            module.training = training
         if not total:
             raise ValueError(f"{type(self).__name__}: the {split} split has no batches")
         return Evaluation(objectives / total, {name: value / total for name, value in metrics.items()})
@@ -155,6 +152,19 @@ class DecisionVariables(nn.Module):
     def forward(self) -> Tensor:
         """The point, shape (n,)."""
         return self.x
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Has a model in eval mode and takes no gradients; puts the mode of every module back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():  # a layer may be kept in eval mode while the others train
+            module.training = training
 
 
 def to_model(batch: Any, reference: Tensor) -> Any:

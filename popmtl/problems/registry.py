@@ -12,10 +12,12 @@ from popmtl.method.problem import Problem
 
 BUILT_IN = {
     "aligned_toy": "popmtl.problems.aligned_toy:AlignedToy",
+    "cityscapes": "popmtl.problems.scene:Cityscapes",
     "fairness": "popmtl.problems.fairness:Fairness",
     "dtlz2": "popmtl.problems.synthetic:Dtlz2",
     "multidigits": "popmtl.problems.overlaid_digits:MultiDigits",
     "multimnist": "popmtl.problems.overlaid_digits:MultiMnist",
+    "nyuv2": "popmtl.problems.scene:Nyuv2",
     "table": "popmtl.problems.table:Table",
     "vlmop2": "popmtl.problems.synthetic:Vlmop2",
     "zdt1": "popmtl.problems.synthetic:Zdt1",
