@@ -22,7 +22,7 @@ exponent of a power law:
 - Linear in m for Aligned-MTL, as the paper says. For MTGD it is less than the claim: a subproblem's scalarized loss
   needs one backward pass however many tasks there are, and only the heads grow.
 - The transfer's dense product is O(N² D), which the claim cannot include. It takes 3.0 % of a step at N = 2, 3.6 % at
-  8, 6.6 % at 16, 14.1 % at 32 and 17.2 % at 64 (its own exponent in N: 1.57 over this range), and 3 to 5 % over m and D.
+  8, 6.6 % at 16, 14.1 % at 32 and 17.2 % at 64 (its own exponent in N over this range: 1.57), 3 to 5 % over m and D.
 """
 
 from __future__ import annotations
