@@ -3,7 +3,6 @@
 import json
 import sys
 
-import pytest
 from reproduce import hypervolume_over_steps as script
 
 
@@ -47,21 +46,22 @@ def test_a_run_that_never_gets_there_is_not_faster():
 def test_both_sides_are_trained_and_written(tmp_path, monkeypatch, capsys):
     overrides = ["train.steps=20", "train.evaluate_every=5", "train.execution=loop", "population.subproblems=3"]
     command = ["script", "configs/multidigits.yaml", *overrides, "--batches", "4", "--rates", "0.003", "0.02"]
-    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "0", "1", "--jobs", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", [*command, "--seeds", "3", "--jobs", "1", "--out", str(tmp_path)])
     script.main()
     found = json.loads((tmp_path / "hypervolume_over_steps.json").read_text())
-    assert len(found["runs"]) == 2 * 2 * 2
+    assert len(found["runs"]) == 2 * 2
     (row,) = found["rows"]
     curves = {}
     for one in found["runs"]:
         assert one["steps"] == [0, 5, 10, 15, 20]
-        curves[one["side"], one["rate"], one["seed"]] = one["hypervolume"]
+        assert one["seed"] == 3
+        curves[one["side"], one["rate"]] = one["hypervolume"]
     for rate in (0.003, 0.02):
-        assert curves["mtgd", rate, 0][0] == curves["independent", rate, 0][0]  # one start and seed
-        assert curves["mtgd", rate, 0][-1] != curves["independent", rate, 0][-1]  # transfer is on in one of them
-    ends = {rate: sum(curves["mtgd", rate, seed][-1] for seed in (0, 1)) for rate in (0.003, 0.02)}
+        assert curves["mtgd", rate][0] == curves["independent", rate][0]  # one start and seed
+        assert curves["mtgd", rate][-1] != curves["independent", rate][-1]  # transfer is on in one of them
+    ends = {rate: curves["mtgd", rate][-1] for rate in (0.003, 0.02)}
     assert row["mtgd"]["rate"] == max(ends, key=ends.get)
     mean, deviation = row["mtgd"]["end"]
-    assert mean == pytest.approx(max(ends.values()) / 2)
+    assert mean == max(ends.values())
     assert f"{mean:.3f} ± {deviation:.3f}" in capsys.readouterr().out
     assert (tmp_path / "hypervolume_over_steps.png").stat().st_size > 1000
