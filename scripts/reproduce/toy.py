@@ -18,20 +18,19 @@ weighted objective, f elsewhere on the front, - off it:
     aligned_mtl, 5 of 5      (0, -8.331) *    (0, -8.330) *  (0, -8.331) *  (0, -8.331) *  (0, -8.330) *
     IMTLG, 1 of 5 (float64)  (-2.29, -8.36) f (0, -8.355) *  (2.30, -8.36) f (-3.49, -8.38) f (5.18, -8.40) f
 
-The ends lie where the paper's figure has them. Aligned-MTL stops 0.025 short of the optimum in x2 and within 1e-5 of its
+The ends lie where the paper's figure has them. Aligned-MTL stops 0.025 short of the optimum in x2, within 1e-5 of its
 value: towards the front the gradients become anti-parallel, and with their least singular value the update vanishes.
 The formulas are those of the paper's code, not of its appendix, whose misprints make (9, 9) fail (see
 `popmtl.problems.aligned_toy`).
 
-What differs from the paper: a trajectory ends early once it is at rest on the front (see REST). IMTLG in float32 ended at
-(0.0015, -8.328) from the first start, not for its own merit: TorchJD solves it by a pseudo-inverse, which drops the
-lesser singular value of gradients that are anti-parallel to float32's precision, and what is left drifts along the front
-towards gradients of equal size.
+What differs from the paper: a trajectory ends early once it is at rest on the front (see REST). IMTLG in float32 ended
+at (0.0015, -8.328) from the first start, not by its own merit: TorchJD solves it by a pseudo-inverse, which drops the
+lesser singular value of gradients that are anti-parallel to float32's precision, and what is left drifts along the
+front towards gradients of equal size.
 
-A step of one start took, in milliseconds of the processor, on an overloaded machine: weighted_sum 0.9 to 1.2, aligned_mtl
-2.3 to 2.7, IMTLG 1.5 to 2.4; in a first trial PCGrad 1.0, UPGrad 1.2, MGDA 3 to 4, and CAGrad and NashMTL, which ask
-cvxpy, 7 to 11 and 20 to 27: 35,000 steps from five starts take these two 20 to 80 minutes, for which --methods leaves
-them out.
+A step of one start took, in milliseconds of the processor, on an overloaded machine: weighted_sum 0.9 to 1.2,
+aligned_mtl 2.3 to 2.7, IMTLG 1.5 to 2.4; in a first trial PCGrad 1.0, UPGrad 1.2, MGDA 3 to 4, and CAGrad and NashMTL,
+which ask cvxpy, 7 to 11 and 20 to 27: five starts of 35,000 steps are 20 to 80 minutes, which --methods can leave out.
 PCGrad, MGDA, UPGrad, CAGrad and NashMTL have not been run in full here, nor Aligned-MTL at other α.
 """
 
