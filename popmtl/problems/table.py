@@ -124,6 +124,11 @@ class Table(Problem):
         own = errors.double().cpu() * torch.from_numpy(self.scale.deviation)
         return dict(zip(self.metrics, own, strict=True))
 
+    def shared(self, model: nn.Module) -> set[str]:
+        """All parameters but the last layer's, of which each row is one target's alone."""
+        last = f"{len(cast(nn.Sequential, model)) - 1}."
+        return {name for name, _ in model.named_parameters() if not name.startswith(last)}
+
     def representation(self, model: nn.Module, batch: Rows) -> Tensor:
         """What the last layer, of which each target has an output, is given: shape (batch, last of hidden)."""
         features: Tensor = cast(nn.Sequential, model)[:-1](batch[0])

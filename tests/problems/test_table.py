@@ -141,6 +141,7 @@ def test_losses_continue_from_the_representation(frame, written):
     representation = problem.representation(model, batch)
     assert representation.shape == (64, 5)
     torch.testing.assert_close(problem.losses_at(model, representation, batch), problem.losses(model, batch))
+    assert problem.shared(model) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
 def test_aligned_mtl_ub_trains_it(written):
