@@ -36,21 +36,20 @@ def test_each_stage_starts_from_the_same_models(config, tmp_path, monkeypatch, c
     runs = json.loads((tmp_path / "aligned_stage.json").read_text())
     assert [run["seed"] for run in runs] == [0, 1]
     for run in runs:
-        stages = [(one["stage"], one["rate"]["lr"]) for one in run["stages"]]
+        stages = [(one["stage"], one["optimizer"]["lr"]) for one in run["stages"]]
         assert stages == [(stage, rate) for stage in aligned_stage.STAGES for rate in (0.002, 0.5)]
-        for split in ("validation", "test"):
-            assert len({one[f"{split}_before"] for one in run["stages"]}) == 1
         for one in run["stages"]:
-            assert one["kept"] == [change <= 0 for change in one["change"]]
+            assert one["before"] == run["stages"][0]["before"]
+            assert one["kept"] == [after <= before for before, after in zip(one["before"], one["after"], strict=True)]
             assert one["seconds_per_step"] > 0
             # A model that is put back leaves the front as it was.
             if not any(one["kept"]):
-                assert one["test_after"] == one["test_before"]
+                assert [one["validation"], one["test"]] == pytest.approx([run["validation"], run["test"]])
         assert len(run["updates"]["cosine"]) == 2 * 3
         assert all(-1 <= cosine <= 1 + 1e-9 for cosine in run["updates"]["cosine"])
     # A rate that is far too high ruins every model, and none of them is kept; the config's own improves some.
     kept = {
-        rate: sum(sum(one["kept"]) for run in runs for one in run["stages"] if one["rate"]["lr"] == rate)
+        rate: sum(sum(one["kept"]) for run in runs for one in run["stages"] if one["optimizer"]["lr"] == rate)
         for rate in (0.002, 0.5)
     }
     assert kept[0.5] < kept[0.002]
@@ -62,8 +61,8 @@ def test_exact_is_the_stage_of_a_run(config, monkeypatch):
     plan = aligned_stage.stage_plan(config, ["train.steps=0"], 3, "exact", None)
     population = train_in_process(plan)
     untrained = train_in_process(replace(plan, aligned=None)).block
-    block, figures = aligned_stage.run_stage(untrained, plan, "exact", np.zeros(2))
-    assert [one["after"] for one in figures["results"]] == [one.after for one in population.fine_tuned]
+    block, figures = aligned_stage.run_stage(untrained, plan, "exact", np.zeros(2), np.full(2, 1.5))
+    assert figures["after"] == [one.after for one in population.fine_tuned]
     np.testing.assert_array_equal(block.rows, population.block.rows)
 
 

@@ -29,7 +29,7 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,10 @@ def copied(trained: Block, plan: RunPlan, plain: bool = False) -> Block:
     return block
 
 
-def run_stage(trained: Block, plan: RunPlan, stage: str, ideal: np.ndarray) -> tuple[Block, dict[str, Any]]:
-    """Takes a stage; returns its block, and the objective values, (N, m), before and after it, before any put back."""
+def run_stage(
+    trained: Block, plan: RunPlan, stage: str, ideal: np.ndarray, reference: np.ndarray
+) -> tuple[Block, dict[str, Any]]:
+    """Takes a stage; returns its block, and the figures."""
     assert plan.aligned
     block, steps = copied(trained, plan, stage == "plain"), plan.aligned.steps
     tuning = FineTuning(block, plan.aligned, ideal)  # of a plain stage it only judges
@@ -89,32 +91,21 @@ def run_stage(trained: Block, plan: RunPlan, stage: str, ideal: np.ndarray) -> t
         block.run(Chunk(0, np.zeros(steps), np.eye(len(plan.W)), ideal))
     else:
         tuning.run(0, steps)
-    seconds = (time.process_time() - start) / steps
-    before, after = objective_matrix(tuning.before), objective_matrix(block.evaluate("validation"))
-    results = [asdict(result) | {"evaluation": None} for result in tuning.finish()]
-    figures = {"seconds": seconds, "before": before, "after": after, "results": results}
-    return block, figures
-
-
-def measure_stage(
-    trained: Block, plan: RunPlan, stage: str, ideal: np.ndarray, reference: np.ndarray
-) -> dict[str, Any]:
-    """The figures of one stage of one population."""
-    block, found = run_stage(trained, plan, stage, ideal)
-    results, sums = found["results"], [(plan.W * found[when]).sum(1) for when in ("before", "after")]
-    figures: dict[str, Any] = {
-        "kept": [result["kept"] for result in results],
-        "change": [result["after"] / result["before"] - 1 for result in results],
-        "change_of_sum": (sums[1] / sums[0] - 1).tolist(),
-        "condition": [result["condition"] for result in results],
-        "cosine": [result["cosine"] for result in results],
-        "seconds_per_step": found["seconds"] / len(plan.W),
+    seconds = time.process_time() - start
+    F = [objective_matrix(evaluations) for evaluations in (tuning.before, block.evaluate("validation"))]
+    before, after = ((plan.W * values).sum(1) for values in F)
+    results = tuning.finish()
+    return block, {
+        "kept": [one.kept for one in results],
+        "before": [one.before for one in results],
+        "after": [one.after for one in results],
+        "change_of_sum": (after / before - 1).tolist(),
+        "condition": [one.condition for one in results],
+        "cosine": [one.cosine for one in results],
+        "validation": hypervolume(objective_matrix([one.evaluation for one in results]), reference),
+        "test": hypervolume(objective_matrix(block.evaluate("test")), reference),
+        "seconds_per_step": seconds / steps / len(plan.W),
     }
-    for split in ("validation", "test"):
-        for when, of in (("before", trained), ("after", block)):
-            F = objective_matrix(of.evaluate("validation" if split == "validation" else "test"))
-            figures[f"{split}_{when}"] = hypervolume(F, reference)
-    return figures
 
 
 def seconds_of_mtgd(trained: Block, plan: RunPlan, ideal: np.ndarray, steps: int = 30) -> float:
@@ -150,22 +141,27 @@ def measure(config: str, overrides: list[str], seed: int, stages: list[str], rat
     population = train_in_process(replace(plan, aligned=None))
     trained, reference = population.block, population.reference_point
     ideal = np.array(plan.ideal_point or np.min([seen.F.min(0) for seen in population.history], axis=0))
-    figures: dict[str, Any] = {"seed": seed, "mtgd": seconds_of_mtgd(trained, plan, ideal), "stages": []}
+    figures: dict[str, Any] = {
+        "seed": seed,
+        "validation": population.history[-1].hypervolume,
+        "test": hypervolume(objective_matrix(trained.evaluate("test")), reference),
+        "seconds_per_step": seconds_of_mtgd(trained, plan, ideal),
+        "stages": [],
+    }
     for stage, rate in itertools.product(stages, rates):
         of_stage = stage_plan(config, overrides, seed, stage, rate)
-        found = measure_stage(trained, of_stage, stage, ideal, reference)
-        figures["stages"].append(
-            {"stage": stage, "rate": of_stage.config.fine_tune.optimizer.build().keywords, **found}
-        )
+        _, found = run_stage(trained, of_stage, stage, ideal, reference)
+        optimizer = of_stage.config.fine_tune.optimizer.build().keywords
+        figures["stages"].append({"stage": stage, "optimizer": optimizer, **found})
     if {"exact", "ub"} <= set(stages):
         plans = {name: stage_plan(config, overrides, seed, name, None) for name in ("exact", "ub")}
         figures["updates"] = compare_updates(trained, plans, ideal, batches)
     return figures
 
 
-def quartiles(values: list[float], form: str = ".3g") -> str:
-    low, middle, high = np.nanpercentile(np.array(values, dtype=float), [25, 50, 75])
-    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+def quartiles(values: Any) -> str:
+    low, middle, high = np.nanpercentile(values, [25, 50, 75])
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def spread(values: list[float]) -> str:
@@ -186,30 +182,20 @@ def print_tables(runs: list[dict[str, Any]], console: Console) -> None:
     )
     for name in columns:
         table.add_column(name, no_wrap=True)
-    first = runs[0]["stages"]
-    table.add_row(
-        "mtgd",
-        "",
-        "",
-        "",
-        "",
-        *(spread([run["stages"][0][f"{split}_before"] for run in runs]) for split in ("validation", "test")),
-        f"{1e3 * np.mean([run['mtgd'] for run in runs]):.3g}",
-    )
-    for k, one in enumerate(first):
-        mine = [run["stages"][k] for run in runs]
-        every = {key: [x for of in mine for x in of[key]] for key in ("kept", "change", "change_of_sum")}
-        table.add_row(
-            one["stage"],
-            ", ".join(
-                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in one["rate"].items()
-            ),
-            f"{sum(every['kept'])}/{len(every['kept'])}",
-            *(quartiles([100 * x for x in every[key]]) for key in ("change", "change_of_sum")),
-            *(spread([of[f"{split}_after"] for of in mine]) for split in ("validation", "test")),
-            f"{1e3 * np.mean([of['seconds_per_step'] for of in mine]):.3g}",
-        )
+    for k in range(-1, len(runs[0]["stages"])):
+        mine = runs if k < 0 else [run["stages"][k] for run in runs]
+        figures = [spread([one[split] for one in mine]) for split in ("validation", "test")]
+        cost = f"{1e3 * np.mean([one['seconds_per_step'] for one in mine]):.3g}"
+        if k < 0:
+            table.add_row("mtgd", *[""] * 4, *figures, cost)
+            continue
+        every = {
+            key: np.concatenate([one[key] for one in mine]) for key in ("kept", "before", "after", "change_of_sum")
+        }
+        changes = [100 * (every["after"] / every["before"] - 1), 100 * every["change_of_sum"]]
+        optimizer = ", ".join(f"{key} {value}" for key, value in mine[0]["optimizer"].items())
+        kept = f"{every['kept'].sum()}/{len(every['kept'])}"
+        table.add_row(mine[0]["stage"], optimizer, kept, *(quartiles(change) for change in changes), *figures, cost)
     console.print(table)
     if "updates" in runs[0]:
         cosine, size = ([x for run in runs for x in run["updates"][key]] for key in ("cosine", "size"))
