@@ -40,6 +40,7 @@ def test_each_stage_starts_from_the_same_models(config, tmp_path, monkeypatch, c
         assert stages == [(stage, rate) for stage in aligned_stage.STAGES for rate in (0.002, 0.5)]
         for one in run["stages"]:
             assert one["before"] == run["stages"][0]["before"]
+            assert one["least"] == pytest.approx([0.05 * np.log(2)] * 3)  # of the smooth Tchebycheff, both losses at 0
             assert one["kept"] == [after <= before for before, after in zip(one["before"], one["after"], strict=True)]
             assert one["seconds_per_step"] > 0
             # A model that is put back leaves the front as it was.

@@ -14,12 +14,12 @@ batches, each stage then takes the config's `fine_tune.steps`, at each learning 
     ub       Aligned-MTL-UB
 
 and a model that becomes worse on the validation split is put back, as in any run. Reported over all members and seeds:
-how many are kept; the change of the subproblem's scalarized validation value, before any is put back, in percent, as
-median [quartiles]; likewise of the weighted sum, which is what Aligned-MTL minimizes, whatever the scalarization; the
-hypervolume of all members, those put back included, on either split; and the processor's milliseconds that a step of
-one model takes, which for "mtgd" includes the transfer. Then the updates of the shared parameters by exact and by UB,
-of the trained models on the same batches: their cosine, and the size of UB's over that of exact. Writes
-aligned_stage.json to --out.
+how many are kept; by how much the subproblem's scalarized validation value changes, before any is put back, in percent
+of what it was above its value at the ideal point, as median [quartiles]; likewise the weighted sum, whose optima
+Aligned-MTL seeks, whatever the scalarization; the hypervolume of all members, those put back included, on either split;
+and the processor's milliseconds that a step of one model takes, which for "mtgd" includes the transfer. Then the
+updates of the shared parameters by exact and by UB, of the trained models on the same batches: their cosine, and the
+size of UB's over that of exact. Writes aligned_stage.json to --out.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def run_stage(
     results = tuning.finish()
     return block, {
         "kept": [one.kept for one in results],
+        "least": [float(plan.recipe.scalarization(tuning.ideal, w, tuning.ideal)) for w in block.weights.double()],
         "before": [one.before for one in results],
         "after": [one.after for one in results],
         "change_of_sum": (after / before - 1).tolist(),
@@ -189,13 +190,18 @@ def print_tables(runs: list[dict[str, Any]], console: Console) -> None:
         if k < 0:
             table.add_row("mtgd", *[""] * 4, *figures, cost)
             continue
-        every = {
-            key: np.concatenate([one[key] for one in mine]) for key in ("kept", "before", "after", "change_of_sum")
-        }
-        changes = [100 * (every["after"] / every["before"] - 1), 100 * every["change_of_sum"]]
+        names = ("kept", "least", "before", "after", "change_of_sum")
+        kept, least, before, after, of_sum = (np.concatenate([one[name] for one in mine]) for name in names)
+        changes = [100 * (after - before) / (before - least), 100 * of_sum]
         optimizer = ", ".join(f"{key} {value}" for key, value in mine[0]["optimizer"].items())
-        kept = f"{every['kept'].sum()}/{len(every['kept'])}"
-        table.add_row(mine[0]["stage"], optimizer, kept, *(quartiles(change) for change in changes), *figures, cost)
+        table.add_row(
+            mine[0]["stage"],
+            optimizer,
+            f"{kept.sum()}/{len(kept)}",
+            *(quartiles(change) for change in changes),
+            *figures,
+            cost,
+        )
     console.print(table)
     if "updates" in runs[0]:
         cosine, size = ([x for run in runs for x in run["updates"][key]] for key in ("cosine", "size"))
