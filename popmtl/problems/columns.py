@@ -71,6 +71,24 @@ class Scale:
         return (values - self.mean) / self.deviation
 
 
+def without_outliers(
+    frame: pd.DataFrame, training: NDArray[np.intp], columns: Sequence[str], ranges: float
+) -> pd.DataFrame:
+    """The rows, with the impossible readings in columns of numbers made missing ones.
+
+    Args:
+        frame: the rows.
+        training: which of them tell what is possible.
+        columns: to look at; those of text stay as they are, and those whose interquartile range is 0.
+        ranges: a number is impossible if it lies further than this many interquartile ranges from the quartiles.
+    """
+    columns = [name for name in columns if pd.api.types.is_numeric_dtype(frame[name].dtype)]
+    values = frame[columns].astype(np.float64)
+    low, high = (values.iloc[training].quantile(share) for share in (0.25, 0.75))
+    reach = (ranges * (high - low)).where(high > low, np.inf)
+    return frame.assign(**values.where((values >= low - reach) & (values <= high + reach)))
+
+
 class Inputs:
     """How columns become inputs: numbers scaled, categories one-hot.
 

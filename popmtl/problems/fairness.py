@@ -197,8 +197,17 @@ class Fairness(Problem):
 
     def losses(self, model: nn.Module, batch: Rows) -> Tensor:
         """Cross-entropy and relaxed unfairness, shape (2,)."""
-        x, y, s = batch
-        logits = model(x).squeeze(1)
+        return self.losses_at(model, self.representation(model, batch), batch)
+
+    def representation(self, model: nn.Module, batch: Rows) -> Tensor:
+        """The logits, shape (batch, 1): both losses are of them, so that no parameter is one loss's own."""
+        logits: Tensor = model(batch[0])
+        return logits
+
+    def losses_at(self, model: nn.Module, representation: Tensor, batch: Rows) -> Tensor:
+        """Cross-entropy and relaxed unfairness, shape (2,), from the logits."""
+        _, y, s = batch
+        logits = representation.squeeze(1)
         counted = self._counted(y)
         score = torch.tanh(self._sharpness * torch.sigmoid(logits))
         others, members = counted * (1 - s), counted * s

@@ -1,11 +1,16 @@
 """The fairness problems: their files, their rows, their losses against sums in float64."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from popmtl.errors import RequestError
+from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
+from popmtl.method.mtgd import Block, Recipe
+from popmtl.method.problem import to_model
 from popmtl.problems.fairness import ADULT, Fairness
 
 COMPAS = """age,c_charge_degree,race,age_cat,score_text,sex,priors_count,days_b_screening_arrest,decile_score,is_recid,\
@@ -62,6 +67,24 @@ def test_unfairness_is_the_difference_that_is_written_down(tmp_path, measure, pe
     counts = (decided & counted & ~member).sum() - (decided & counted & member).sum()
     assert figures[f"counted_{measure}"] == pytest.approx(abs(counts) / n)
     assert figures["decided_ddp"] == pytest.approx(abs(decided[member].mean() - decided[~member].mean()))
+
+
+def test_aligned_mtl_ub_takes_the_gradients_of_the_logits(tmp_path):
+    problem = Fairness("compas", compas(tmp_path), hidden=[5])
+    recipe = Recipe(partial(torch.optim.SGD, lr=0.1), dtype=torch.float64)
+    block = Block(problem, [0, 1], np.array([[0.3, 0.7], [0.8, 0.2]]), recipe)
+    stage = FineTuning(block, AlignedRecipe(1, partial(torch.optim.SGD, lr=0.1), variant="ub"), np.zeros(2))
+    batch = to_model(next(problem.batches(0)), block.rows)
+    block.gradients.zero_()
+    found, aligned = stage.align_ub(1, batch, 0)
+    model = block.models[1]
+    torch.testing.assert_close(found, problem.losses(model, batch).detach())
+    # No parameter is left out: the update is a combination of the two losses' gradients.
+    G = [
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in problem.losses(model, batch)
+    ]
+    expected = sum(a * torch.cat([g.flatten() for g in row]) for a, row in zip(aligned.coefficients, G, strict=True))
+    torch.testing.assert_close(block.gradients[1], expected)
 
 
 def test_an_epoch_has_each_row_once(tmp_path):

@@ -1,11 +1,15 @@
 """Tables: what is read, what is fitted to which rows, and what the losses are; the real river flow where it is."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from popmtl.errors import RequestError
+from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
+from popmtl.method.mtgd import Block, Recipe
 from popmtl.problems.columns import Inputs, read_columns, split_rows
 from popmtl.problems.registry import load_problem
 from popmtl.problems.table import Table
@@ -105,6 +109,51 @@ def test_targets_that_are_missing_reach_no_gradient(frame, written):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_impossible_readings_count_as_missing(frame, written):
+    rows = split_rows(200, 0.1, 0.2, 0)
+    wrong = [rows["train"][0], rows["validation"][0], rows["test"][0]]
+    spoilt = frame.astype({"floor": float})
+    spoilt.loc[wrong, "price"] = 1e6
+    spoilt.loc[wrong[1:], "size"] = -1e6  # as no training row has it
+    spoilt["flag"] = np.arange(200) == wrong[1]  # an interquartile range of 0: whatever it holds is possible
+    problem = Table(written("spoilt.csv", spoilt), ["price", "age"], outliers=10)
+
+    there = spoilt.copy()
+    there.loc[wrong, "price"] = np.nan
+    there.loc[wrong[1:], "size"] = np.nan
+    expected = Table(written("there.csv", there), ["price", "age"])
+    for name, (x, y) in problem.splits.items():
+        np.testing.assert_array_equal(x, expected.splits[name][0])
+        np.testing.assert_array_equal(y, expected.splits[name][1])
+    assert problem.splits["validation"][1].isnan().sum() == 1
+    kept = Table(written("spoilt.csv", spoilt), ["price", "age"])
+    assert not kept.splits["test"][1].isnan().any()
+    # What lies within the ranges is as it was; the ranges are those of the training rows.
+    clean = Table(written(table=frame), ["price", "age"], outliers=10)
+    as_they_are = Table(written(table=frame), ["price", "age"])
+    assert all(torch.equal(clean.splits[name][0], as_they_are.splits[name][0]) for name in rows)
+
+
+def test_losses_continue_from_the_representation(frame, written):
+    frame.loc[::3, "age"] = np.nan
+    problem = Table(written(table=frame), ["price", "age"], hidden=[8, 5])
+    model, batch = problem.model(), next(problem.batches(0))
+    representation = problem.representation(model, batch)
+    assert representation.shape == (64, 5)
+    torch.testing.assert_close(problem.losses_at(model, representation, batch), problem.losses(model, batch))
+    assert problem.shared(model) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_aligned_mtl_ub_trains_it(written):
+    problem = Table(written(), ["price", "age"], hidden=[16])
+    block = Block(problem, [0, 1], np.array([[0.3, 0.7], [0.8, 0.2]]), Recipe(partial(torch.optim.Adam, lr=0.01)))
+    stage = FineTuning(block, AlignedRecipe(60, partial(torch.optim.Adam, lr=0.01), variant="ub"), np.zeros(2))
+    stage.run(0, 60)
+    for result in stage.finish():
+        assert result.kept
+        assert result.after < 0.5 * result.before
+
+
 def test_it_learns_what_is_there_to_learn(written):
     problem = load_problem("table", {"path": written(), "targets": ["price", "age"], "hidden": [32]})
     torch.manual_seed(0)
@@ -127,6 +176,7 @@ def test_it_learns_what_is_there_to_learn(written):
         ({"targets": ["price", "colour"]}, "targets: 'colour' is not a column of numbers"),
         ({"path": "nowhere.csv"}, "path nowhere.csv: there is no such file; give the CSV, ARFF or Parquet file"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"outliers": 0}, "outliers is 0, and must be a number of interquartile ranges above 0"),
     ],
 )
 def test_what_cannot_be_used_is_named(written, parameters, message):
@@ -150,3 +200,8 @@ def test_the_river_flow_is_read_whole(shared_data):
     assert y.shape[1] == 8
     assert x.isfinite().all()
     assert x[:, :64].mean(0).abs().max() < 1e-3
+    # One reading of one hour, 78.9 between 3.53 and 3.54: a target of one row and an input of eight others.
+    assert sum(int((y.abs() > 30).sum()) for _, y in problem.splits.values()) == 1
+    checked = Table(str(shared_data / "river_flow" / "rf1.arff"), RIVER, outliers=20)
+    assert sum(int(y.isnan().sum()) for _, y in checked.splits.values()) == 1
+    assert max(float(x.abs().max()) for x, _ in checked.splits.values()) < 30
