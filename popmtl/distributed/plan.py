@@ -323,7 +323,7 @@ def _with_one_batch(problem: Problem) -> Problem:
     """The problem with the first batch of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
     glance = copy.copy(problem)
     glance.evaluation_batches = (  # type: ignore[method-assign]
-        lambda split: itertools.islice(problem.evaluation_batches(split), 1)
+        lambda split: list(itertools.islice(problem.evaluation_batches(split), 1))
     )
     return glance
 
