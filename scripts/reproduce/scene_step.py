@@ -96,8 +96,8 @@ def main() -> int:
         print(json.dumps(take_steps(options.models[0], options.images, *choices)))
         return 0
     table = Table(
-        title=f"one step of {options.subproblems} subproblems, batches of {options.batch} images of "
-        f"{options.size[0]} × {options.size[1]}, {options.threads} threads of a CPU"
+        title=f"one step: subproblems {options.subproblems}, batch {options.batch}, image "
+        f"{options.size[0]} × {options.size[1]}, threads {options.threads}"
     )
     for column in ("model", "parameters", "MTGD, s", "most GiB", "Aligned-MTL, s", "most GiB so far"):
         table.add_column(column, justify="right", no_wrap=True)
