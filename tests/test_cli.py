@@ -405,6 +405,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     assert json.loads((run.pareto / "front.json").read_text()) == front
 
 
+@pytest.mark.slow
 def test_single_task_models_are_trained_first_and_delta_m_is_measured_against_them(shell, capsys):
     train = {"steps": 40, "evaluate_every": 20, "optimizer": {"name": "Adam", "lr": 0.02}}
     data = {"train": train, "fine_tune": {"steps": 5}, "problem": {"name": "vlmop2", "variables": 2}}

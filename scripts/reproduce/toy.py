@@ -23,7 +23,7 @@ value: towards the front the gradients become anti-parallel, and with their leas
 The formulas are those of the paper's code, not of its appendix, whose misprints make (9, 9) fail (see
 `popmtl.problems.aligned_toy`).
 
-What differs from the paper: a trajectory ends early once it is at rest on the front (see REST). IMTLG in float32 ended
+What differs from the paper: a trajectory ends early once it is at rest at the optimum (see REST). IMTLG in float32 ended
 at (0.0015, -8.328) from the first start, not by its own merit: TorchJD solves it by a pseudo-inverse, which drops the
 lesser singular value of gradients that are anti-parallel to float32's precision, and what is left drifts along the
 front towards gradients of equal size.
@@ -75,9 +75,10 @@ METHODS: dict[str, dict[str, Any]] = {
 RECORDED = 100
 """Steps from one recorded point to the next."""
 REST_STEPS, REST = 1000, 1e-3
-"""A trajectory is at rest once no coordinate has varied by more in so many steps; on the front it then takes no more.
+"""A trajectory is at rest once no coordinate has varied by more in so many steps; at the optimum it then takes no more.
 
-Off it, it may yet move on: IMTLG does, from (-7, 0), where the gradients are nearly anti-parallel.
+Elsewhere it may yet move on: IMTLG does from (-7, 0), and PCGrad along the front, where gradients are nearly
+anti-parallel.
 """
 NEAR, NEAR_LOSS = 0.05, 1e-3
 """How near the optimum a point is that has reached it, in each coordinate, and in the weighted objective."""
@@ -141,14 +142,13 @@ def trajectory(
     began = time.process_time()
     block = Block(AlignedToy(start), [0], np.array([[alpha, 1 - alpha]]), recipe)
     points, t, rested = [block.rows[0].tolist()], 0, False
-    while t < steps and not rested:
+    while t < steps and not (rested and outcome(block.rows[0].double().numpy(), alpha) == "optimum"):
         n = min(RECORDED, steps - t)
         block.run(Chunk(t, np.zeros(n), np.eye(1), np.zeros(2)))
         t += n
         points.append(block.rows[0].tolist())
         recent = np.array(points[-REST_STEPS // RECORDED - 1 :])
-        still = t >= REST_STEPS and np.ptp(recent, axis=0).max() <= REST
-        rested = bool(still and outcome(block.rows[0].double().numpy(), alpha) != "off")
+        rested = bool(t >= REST_STEPS and np.ptp(recent, axis=0).max() <= REST)
     end = block.rows[0].double()
     losses = AlignedToy().values(end).tolist()
     weighted = alpha * losses[0] + (1 - alpha) * losses[1]

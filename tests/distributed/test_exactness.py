@@ -97,6 +97,7 @@ def test_rows_that_go_only_where_they_are_taken_equal_the_reference(run):
     assert largest_difference(states(folder), reference(plan)[1]) < 1e-10
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_identical_bit_for_bit(run):
     data = config(2, train={"dtype": "float32"}, fine_tune={"steps": 5})
     first, second = (states(run(data)[1]) for _ in range(2))

@@ -158,6 +158,7 @@ def events(parent):
     return [found[f"popmtl.event.{n}"].split(" ", 1)[1] for n in range(1, len(found) + 1)]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_for_a_third_of_the_run(server, tmp_path, caplog):
     server.start()
     folder = make_folder(tmp_path)
