@@ -23,8 +23,8 @@ value: towards the front the gradients become anti-parallel, and with their leas
 The formulas are those of the paper's code, not of its appendix, whose misprints make (9, 9) fail (see
 `popmtl.problems.aligned_toy`).
 
-What differs from the paper: a trajectory ends early once it is at rest at the optimum (see REST). IMTLG in float32 ended
-at (0.0015, -8.328) from the first start, not by its own merit: TorchJD solves it by a pseudo-inverse, which drops the
+What differs from the paper: a trajectory ends early once it is at rest at the optimum (see REST). IMTLG in float32
+ended at (0.0015, -8.328) from the first start, not by its own merit: TorchJD solves it by a pseudo-inverse, which drops the
 lesser singular value of gradients that are anti-parallel to float32's precision, and what is left drifts along the
 front towards gradients of equal size.
 
