@@ -24,9 +24,9 @@ The formulas are those of the paper's code, not of its appendix, whose misprints
 `popmtl.problems.aligned_toy`).
 
 What differs from the paper: a trajectory ends early once it is at rest at the optimum (see REST). IMTLG in float32
-ended at (0.0015, -8.328) from the first start, not by its own merit: TorchJD solves it by a pseudo-inverse, which drops the
-lesser singular value of gradients that are anti-parallel to float32's precision, and what is left drifts along the
-front towards gradients of equal size.
+ended at (0.0015, -8.328) from the first start, not by its own merit: TorchJD solves it by a pseudo-inverse, which
+drops the lesser singular value of gradients that are anti-parallel to float32's precision, and what is left drifts
+along the front towards gradients of equal size.
 
 A step of one start took, in milliseconds of the processor, on an overloaded machine: weighted_sum 0.9 to 1.2,
 aligned_mtl 2.3 to 2.7, IMTLG 1.5 to 2.4; in a first trial PCGrad 1.0, UPGrad 1.2, MGDA 3 to 4, and CAGrad and NashMTL,
