@@ -59,6 +59,7 @@ def test_no_other_row_is_touched_and_the_front_is_full(run, transport, order):
         assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-10
 
 
+@pytest.mark.slow
 def test_after_max_reseeds_the_front_says_that_it_is_without_the_row(run):
     data = planted(2, 1, range(4, 1000), fine_tune={"steps": 5}, recovery={"max_reseeds": 1})
     _, folder, report = run(data)

@@ -5,6 +5,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 import torch
 from toy_problems import config
 
@@ -31,6 +32,7 @@ def states(folder):
     return [load_state(folder.pareto / "models" / str(i) / "model.safetensors") for i in range(4)]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_profiled_ends_as_it_would_without(run):
     data = config(2, train={"execution": "loop", "dtype": "float32"}, transfer={"transport": "collective"})
     (_, plain, first), (_, folder, second) = run(data), run(data, profile=STEPS)
