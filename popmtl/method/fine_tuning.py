@@ -117,7 +117,7 @@ class FineTuning:
             Their training losses, shape (steps, k, m), and the measures of stability, (steps, k, 3), in the order of
             `STABILITY`. They are NaN of rows that are out.
         """
-        losses = torch.full((steps, *self.block.weights.shape), math.nan, dtype=torch.float64)
+        losses = torch.full_like(self.block.weights, math.nan).repeat(steps, 1, 1)
         measured = np.full((steps, len(self.block.models), len(STABILITY)), math.nan)
         for n in range(steps):
             before = [len(taken) for taken in self.stability]
@@ -125,7 +125,7 @@ class FineTuning:
             for i, taken in enumerate(self.stability):
                 if len(taken) > before[i]:
                     measured[n, i] = taken[-1]
-        return losses.numpy(), measured
+        return losses.double().cpu().numpy(), measured
 
     def step(self, t: int) -> Tensor:
         """One aligned step of every row; returns the losses, shape (k, m)."""
