@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 Split = Literal["validation", "test"]
 Direction = Literal["higher", "lower"]
+Losses = Tensor | tuple[Tensor, Mapping[str, Any]]
+"""The losses of a batch, shape (m,); perhaps with further scalars by name."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Problem(ABC):
         """All batches of a held-out split; the same ones at every call."""
 
     @abstractmethod
-    def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """The m losses of a batch as one tensor of shape (m,), differentiable in the model's parameters."""
+    def losses(self, model: nn.Module, batch: Any) -> Losses:
+        """The m losses of a batch as one tensor of shape (m,), differentiable in the model's parameters.
+
+        In a tuple with it may stand a dict of scalars by name, which become curves: `return losses, {"entropy": h}`.
+        """
 
     def measure(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """The figures named in `metrics` on one batch, each a scalar that averages over batches."""
@@ -78,11 +83,18 @@ class Problem(ABC):
         """Whether the named parameter takes part in the transfer between subproblems."""
         return True
 
+    def parameter_groups(self, model: nn.Module) -> Sequence[dict[str, Any]] | None:
+        """The parameter groups of an optimizer as torch takes them, dicts with "params" and what is other for them.
+
+        None takes all parameters alike, or the groups of the config.
+        """
+        return None
+
     def representation(self, model: nn.Module, batch: Any) -> Tensor:
         """The shared representation of a batch, for Aligned-MTL-UB; `losses_at` continues from it."""
         raise NotImplementedError(f"{type(self).__name__} defines no representation, which the UB variant needs")
 
-    def losses_at(self, model: nn.Module, representation: Tensor, batch: Any) -> Tensor:
+    def losses_at(self, model: nn.Module, representation: Tensor, batch: Any) -> Losses:
         """The m losses, shape (m,), of a batch whose shared representation is given."""
         raise NotImplementedError(f"{type(self).__name__} defines no losses_at, which the UB variant needs")
 
@@ -100,7 +112,7 @@ class Problem(ABC):
             for batch in self.evaluation_batches(split):
                 moved = to_model(batch, reference)
                 size = batch_length(moved)
-                objectives += size * self.losses(model, moved).double().cpu()
+                objectives += size * parted(self.losses(model, moved))[0].double().cpu()
                 for name, value in self.measure(model, moved).items():
                     metrics[name] += size * float(value)
                 total += size
@@ -152,6 +164,14 @@ class DecisionVariables(nn.Module):
     def forward(self) -> Tensor:
         """The point, shape (n,)."""
         return self.x
+
+
+def parted(losses: Losses) -> tuple[Tensor, dict[str, Any]]:
+    """What `Problem.losses` returns: the losses, and the scalars that it reports beside them."""
+    if isinstance(losses, tuple):
+        f, scalars = losses
+        return f, dict(scalars)
+    return losses, {}
 
 
 @contextmanager

@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from popmtl.method.compiled import LossesOf
+from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
-from popmtl.method.problem import Problem
+from popmtl.method.gradient_rows import ALL, GradientRows
+from popmtl.method.problem import Problem, parted
+from popmtl.method.replica import copied, python_state
 from popmtl.method.scalarization import Scalarization
 
 if TYPE_CHECKING:
@@ -62,29 +66,36 @@ class Stacked:
         layout: of a row.
         model: any one of the block's models; it is copied.
         rows: the block of X, shape (k, D), contiguous.
-        gradients: likewise of the gradients.
+        compiled: through torch.compile.
 
     Attributes:
         leaves: the trainable parameters by name, each of shape (k, *shape): a view of `rows`, so that a change of those
-            is seen at once, with the same view of `gradients` as its `grad`, to which every backward pass adds.
+            is seen at once. A backward pass leaves their gradients in their `grad`.
+        ordered: likewise, in the order of the layout.
     """
 
-    def __init__(self, problem: Problem, layout: Layout, model: nn.Module, rows: Tensor, gradients: Tensor) -> None:
-        # Said once a process of gradients that are columns of a matrix. They are added to in place all the same.
+    def __init__(
+        self, problem: Problem, layout: Layout, model: nn.Module, rows: Tensor, *, compiled: bool = False
+    ) -> None:
+        # Said once a process of gradients that vmap has laid out otherwise than the columns of a matrix.
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-        self.module = _Losses(problem, copy.deepcopy(model))
+        self.module = LossesOf(problem, copied(model))
         self.leaves: dict[str, Tensor] = {}
         sizes = [math.prod(shape) for shape in layout.shapes]
-        columns = zip(layout.names, layout.shapes, rows.split(sizes, 1), gradients.split(sizes, 1), strict=True)
-        for name, shape, values, gradient in columns:
+        for name, shape, values in zip(layout.names, layout.shapes, rows.split(sizes, 1), strict=True):
             # By .data, since a detached view would share the version counter of all of `rows`: one parameter could
             # not step while the backward pass still reads another.
-            leaf = values.data.view(len(rows), *shape).requires_grad_()
-            leaf.grad = gradient.view(len(rows), *shape)
-            self.leaves[name] = leaf
+            self.leaves[name] = values.data.view(len(rows), *shape).requires_grad_()
+        self.ordered = list(self.leaves.values())
+        self.mapped = torch.compile(self._mapped) if compiled else self._mapped
 
-    def losses(self, batches: Sequence[Any]) -> Tensor:
-        """The losses of row i on batch i, shape (k, m), differentiable in `leaves`.
+    def _mapped(
+        self, of_one_row: Callable[..., Any], parameters: dict[str, Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return cast(tuple[Tensor, dict[str, Tensor]], vmap(of_one_row, randomness="error")(parameters, values))
+
+    def losses(self, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of row i on batch i, shape (k, m), differentiable in `leaves`; scalars beside them, (k,) each.
 
         Args:
             batches: k of them, alike in structure, shapes and dtypes, with no leaves but tensors and None.
@@ -107,24 +118,14 @@ class Stacked:
 
         _map(stack, batches)
 
-        def of_one_row(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+        def of_one_row(parameters: dict[str, Tensor], values: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             remaining = iter(values)
             batch = _map(lambda leaves: None if leaves[0] is None else next(remaining), batches[:1])
-            return cast(Tensor, functional_call(self.module, parameters, (batch,)))
+            f, scalars = parted(functional_call(self.module, parameters, (batch,)))
+            return f, {name: torch.as_tensor(value) for name, value in scalars.items()}
 
         parameters = {f"model.{name}": leaf for name, leaf in self.leaves.items()}
-        return vmap(of_one_row, randomness="error")(parameters, tensors)
-
-
-class _Losses(nn.Module):
-    """A problem's losses as a forward pass: functional_call replaces parameters below it, whatever module is called."""
-
-    def __init__(self, problem: Problem, model: nn.Module) -> None:
-        super().__init__()
-        self.problem, self.model = problem, model
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.problem.losses(self.model, batch)
+        return self.mapped(of_one_row, parameters, tensors)
 
 
 def _map(function: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> Any:
@@ -196,13 +197,14 @@ def _measure(block: Block) -> tuple[float, float]:
     """
     started = time.perf_counter()
     twin = copy.copy(block)
-    twin.streams = [block.problem.batches(seed) for seed in block.seeds]
-    twin.models = [copy.deepcopy(model) for model in block.models]
+    twin.streams, twin.drawn = [block.problem.batches(seed) for seed in block.seeds], [0] * len(block.seeds)
+    twin.models = [copied(model) for model in block.models]
     twin.rows, twin.gradients = torch.empty_like(block.rows), torch.zeros_like(block.rows)
-    for model, row, gradient in zip(twin.models, twin.rows, twin.gradients, strict=True):
-        twin.layout.bind(model, row, gradient)
-    batches = [twin.draw(i, 0) for i in range(len(twin.models))]
-    stacked = Stacked(twin.problem, twin.layout, twin.models[0], twin.rows, twin.gradients)
+    for model, row in zip(twin.models, twin.rows, strict=True):
+        twin.layout.bind(model, row)
+    twin.gradient_rows, twin.curves = GradientRows(twin.layout, twin.models, twin.gradients), Curves(len(twin.models))
+    batches = [twin.draw(i) for i in range(len(twin.models))]
+    stacked = Stacked(twin.problem, twin.layout, twin.models[0], twin.rows, compiled=block.recipe.compiled)
     # Rows start alike, and like the model that is copied: a step that read the wrong one would go unnoticed.
     twin.rows *= 1 - SHRINK * torch.rand_like(twin.rows)
     twin.project()
@@ -211,26 +213,35 @@ def _measure(block: Block) -> tuple[float, float]:
     twin.recipe = replace(block.recipe, precision="full", scalarization=Scalarization("weighted_sum"))
 
     def by_loop() -> Tensor:
-        twin.gradients.zero_()
+        twin.gradient_rows.begin()
         losses = []
-        for model, batch, w in zip(twin.models, batches, twin.weights, strict=True):
-            f = twin.losses(model, batch)
-            twin.recipe.scalarization(f, w, z).backward()
+        for i, (batch, w) in enumerate(zip(batches, twin.weights, strict=True)):
+            f = twin.losses(i, batch)
+            if f.requires_grad:
+                twin.recipe.scalarization(f, w, z).backward()
+            twin.gradient_rows.collect(i, twin.gradient_rows.parameters[i])
             losses.append(f.detach())
         return torch.stack(losses)
 
     def by_stack() -> Tensor:
-        twin.gradients.zero_()
+        twin.gradient_rows.begin()
         with twin.autocast():
-            f = stacked.losses(batches)
-        twin.recipe.scalarization(f, twin.weights, z).sum().backward()
+            f, _ = stacked.losses(batches)
+        if f.requires_grad:
+            twin.recipe.scalarization(f, twin.weights, z).sum().backward()
+        twin.gradient_rows.collect(ALL, stacked.ordered)
         return f.detach()
 
+    states = [python_state(model) for model in twin.models]
     losses, gradients = by_loop(), twin.gradients.clone()
+    for was, now in zip(states, map(python_state, twin.models), strict=True):
+        if changed := sorted(name for name in now if was.get(name) != now[name]):
+            raise NotStackable(f"the model keeps {changed[0]} from one step to the next")
     for before, after in zip(block.models, twin.models, strict=True):
         buffers = dict(before.named_buffers())
         for name, value in after.named_buffers():
-            if name not in buffers or not torch.equal(buffers[name], value):
+            same = name in buffers and buffers[name].shape == value.shape and torch.equal(buffers[name], value)
+            if not same:
                 raise NotStackable(f"training changes the buffer {name}")
     for what, looped, other in (("losses", losses, by_stack()), ("gradients", gradients, twin.gradients)):
         allowed = _tolerance(twin.rows) * looped.norm(dim=1).max()
