@@ -88,7 +88,7 @@ class Arrivals:
 
     @contextmanager
     def watch(self, complete: Callable[[Bucket], None]) -> Iterator[None]:
-        """Calls `complete` with each bucket during the backward pass inside; `next` is the first that is not complete."""
+        """Calls `complete` with buckets during the backward pass inside; `next` is the first that is not complete."""
         self.missing, self.next, self.complete = [len(b.parameters) for b in self.buckets], 0, complete
         try:
             yield

@@ -62,3 +62,28 @@ class Curves:
             taken[name] = list(zip(total.tolist(), count.tolist(), strict=True))
         self._begin()
         return taken
+
+
+Sums = Mapping[str, Sequence[tuple[float, float]]]
+"""For each curve the sum and the count of every row; see `Curves.take`."""
+
+
+class Means:
+    """Means of the curves of a whole population, from one evaluation to the next."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.sums: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, subproblems: Sequence[int], sums: Sums) -> None:
+        """Adds what the rows of these subproblems have told."""
+        for name, taken in sums.items():
+            mine = self.sums.setdefault(name, [(0.0, 0.0)] * self.rows)
+            for i, (total, count) in zip(subproblems, taken, strict=True):
+                mine[i] = mine[i][0] + total, mine[i][1] + count
+
+    def take(self) -> dict[str, list[float | None]]:
+        """The means since the last call, of every row; None where a row has told nothing."""
+        means = {n: [s / c if c else None for s, c in sums] for n, sums in sorted(self.sums.items())}
+        self.sums = {}
+        return means

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from popmtl.method.aligned_mtl import SCALES, align
 from popmtl.method.problem import Problem, parted, to_model
-from popmtl.method.replica import copied, random_state_kept, seed_everything
+from popmtl.method.replica import initial_model, random_state_kept, seed_everything
 
 GradientMethod = Callable[[Tensor, Tensor], Tensor]
 """From task gradients, shape (m, D), and a weight vector, (m,), to the update, (D,)."""
@@ -133,23 +133,26 @@ class Shared:
     dead: tuple[str, ...] = ()
 
 
-def find_shared(problem: Problem, model: nn.Module, seed: int, batches: int = LOOKED_AT) -> Shared:
+def find_shared(
+    problem: Problem, seed: int, dtype: torch.dtype, device: str = "cpu", batches: int = LOOKED_AT
+) -> Shared:
     """The parameters to align: as the problem says, or those that every loss reaches on some of several batches.
 
     A loss reaches a parameter where its gradient is not all zero: losses that come from one tensor of all tasks'
     outputs have a gradient, of zeros, in each other's heads. A loss that is 0 on all batches, such as a hinge that is
-    satisfied, reaches what its graph reaches. The model is left as it is; it is looked at in a copy.
+    satisfied, reaches what its graph reaches.
 
     Args:
         problem: of the losses.
-        model: at its start; on any device.
-        seed: of the stream of batches that are looked at; it is a stream of its own.
+        seed: of the run: of the initial model, and of the batches that are looked at.
+        dtype: of the rows.
+        device: to look on.
         batches: so many of them.
 
     Raises:
         ValueError: none is shared, or the problem names one that the model does not train.
     """
-    model = copied(model)
+    model = initial_model(problem, seed, dtype).to(device)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = problem.shared(model)
     dead: list[str] = []

@@ -428,7 +428,7 @@ class Block:
         """A boolean mask, (D,), of the columns of the parameters that all losses share."""
         names = self.recipe.shared
         if names is None:
-            names = find_shared(self.problem, self.models[0], self.recipe.seed).names
+            names = find_shared(self.problem, self.recipe.seed, self.recipe.dtype, str(self.rows.device)).names
         return self.layout.columns(set(names)).to(self.rows.device)
 
     def losses(self, i: int, batch: Any) -> Tensor:

@@ -8,6 +8,7 @@ a gradient is not stepped.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -235,9 +236,7 @@ class Member:
                 optimizer.state[parameter_of[name]] = {
                     key: _at_home(key, value, parameter_of[name]) for key, value in memory.items()
                 }
-            _restore_options(optimizer, state["groups"])
-            if self.schedules:
-                self.schedules[i].load_state_dict(state["schedule"])
+            _resume_schedule(optimizer, self.schedules[i : i + 1], state)
 
 
 def _at_home(key: str, value: Any, parameter: Tensor) -> Any:
@@ -254,6 +253,38 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _restore_options(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
     for group, options in zip(optimizer.param_groups, saved, strict=True):
         group.update(options)
+
+
+def _resume_schedule(optimizer: Optimizer, schedules: Sequence[LRScheduler], saved: Mapping[str, Any]) -> None:
+    """Puts an optimizer's options, and its schedule if it has one, where they were.
+
+    A schedule with other arguments than before, as after a change of the steps, goes to the same step by its own.
+    """
+    for schedule in schedules:
+        if _arguments(schedule.state_dict()) != _arguments(saved["schedule"]):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                for _ in range(saved["schedule"]["last_epoch"]):
+                    schedule.step()
+            return
+        schedule.load_state_dict(saved["schedule"])
+    _restore_options(optimizer, saved["groups"])
+
+
+PROGRESS = frozenset(
+    (
+        *("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"),
+        *("best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"),
+    )
+)
+"""What a schedule's state_dict has beside its arguments."""
+
+
+def _arguments(state: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in state.items() if key not in PROGRESS}
+    if "_schedulers" in found:
+        found["_schedulers"] = [_arguments(inner) for inner in found["_schedulers"]]
+    return found
 
 
 def step_schedules(schedules: Sequence[LRScheduler]) -> None:
@@ -405,9 +436,7 @@ class Optimizers:
         if self.members:  # another row of the block has gone over to its parameters
             everything = Bucket(0, 0, self.layout.size, 0, range(len(self.layout.names)))
             self._divide(self.members[i], everything, whole["state"])
-            _restore_options(self.members[i].optimizers[0], whole["groups"])
-            for schedule in self.members[i].schedules:
-                schedule.load_state_dict(whole["schedule"])
+            _resume_schedule(self.members[i].optimizers[0], self.members[i].schedules, whole)
             return
         for bucket, (optimizer, schedules) in zip(self.buckets, self.whole, strict=True):
             piece = optimizer.param_groups[0]["params"][i]
@@ -415,9 +444,8 @@ class Optimizers:
                 key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece)
                 for key, value in whole["state"].items()
             }
-            _restore_options(optimizer, whole["groups"])
-            for schedule in schedules:
-                schedule.load_state_dict(whole["schedule"])
+            if not i:  # all rows have one
+                _resume_schedule(optimizer, schedules, whole)
 
     def forget(self, i: int) -> None:
         """Lets row i's optimizers begin without memory."""

@@ -50,7 +50,14 @@ def random_state_kept() -> Iterator[None]:
 def initial_model(problem: Problem, seed: int, dtype: torch.dtype) -> nn.Module:
     """The one initialization that every subproblem starts from: networks of different seeds cannot be averaged.
 
-    torch, numpy and Python's random are seeded alike for it.
+    Raises:
+        ValueError: not a module, or one with lazy parameters.
+    """
+    return cast(model_as_written(problem, seed), dtype)
+
+
+def model_as_written(problem: Problem, seed: int) -> nn.Module:
+    """The problem's model in its own dtypes; torch, numpy and Python's random are seeded alike for it.
 
     Raises:
         ValueError: not a module, or one with lazy parameters.
@@ -65,7 +72,7 @@ def initial_model(problem: Problem, seed: int, dtype: torch.dtype) -> nn.Module:
             raise ValueError(
                 f"{name} is lazy: it has no shape yet; have model() run the network once on an example, as torch asks"
             )
-    return cast(model, dtype)
+    return model
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -188,14 +188,23 @@ def choose(block: Block) -> Choice:
     return Choice("loop", f"loop: {1e3 * loop:.2f} ms a step, stacked {1e3 * stacked:.2f} ms", loop, stacked)
 
 
-def _measure(block: Block) -> tuple[float, float]:
-    """Least seconds of losses and backward pass by the loop, and stacked, once both have given the same.
+def why_not_stacked(block: Block) -> str | None:
+    """Why the rows of a block cannot be stacked, in one line; None if they can. Nothing of the block changes."""
+    with torch.random.fork_rng([block.rows.device] if block.rows.is_cuda else []):
+        try:
+            _compare(block)
+        except Exception as error:  # noqa: BLE001 - as in `choose`
+            return _reason(error)
+    return None
+
+
+def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Losses and backward pass of copies of the rows by the loop, and stacked, once both have given the same.
 
     Raises:
         NotStackable: they give different results, or the models' buffers change.
         Exception: whatever the problem's code raises.
     """
-    started = time.perf_counter()
     twin = copy.copy(block)
     twin.streams, twin.drawn = [block.problem.batches(seed) for seed in block.seeds], [0] * len(block.seeds)
     twin.models = [copied(model) for model in block.models]
@@ -248,10 +257,22 @@ def _measure(block: Block) -> tuple[float, float]:
         if not (looped - other).norm(dim=1).max() <= allowed:  # as NaN is not
             raise NotStackable(f"stacked {what} differ")
     twin.recipe = block.recipe
+    return by_loop, by_stack
+
+
+def _measure(block: Block) -> tuple[float, float]:
+    """Least seconds of losses and backward pass by the loop, and stacked, once both have given the same.
+
+    Raises:
+        NotStackable: see `_compare`.
+        Exception: whatever the problem's code raises.
+    """
+    started = time.perf_counter()
+    by_loop, by_stack = _compare(block)
     loop_seconds, stacked_seconds = math.inf, math.inf
     for _ in range(PAIRS):
-        loop_seconds = min(loop_seconds, _seconds(by_loop, twin.rows))
-        stacked_seconds = min(stacked_seconds, _seconds(by_stack, twin.rows))
+        loop_seconds = min(loop_seconds, _seconds(by_loop, block.rows))
+        stacked_seconds = min(stacked_seconds, _seconds(by_stack, block.rows))
         if time.perf_counter() - started > BUDGET:
             break
     return loop_seconds, stacked_seconds

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -113,7 +112,7 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
     """
     # Here and not above: reading a front needs no problem.
     from popmtl.method.flat import Layout
-    from popmtl.method.mtgd import initial_model
+    from popmtl.method.replica import initial_buffers, initial_model, load_exported, set_buffers
     from popmtl.problems.registry import load_problem
 
     folder = RunFolder(run_folder)
@@ -135,13 +134,20 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
         state = load_state(path)
     try:
         if checkpoint:
-            model = initial_model(problem, config["seed"], torch.float32)  # what is not trained is in no checkpoint
+            model = initial_model(
+                problem, config["seed"], state["row"].dtype
+            )  # what is not trained is in no checkpoint
             buffers = {key.partition("/")[2]: value for key, value in state.items() if key.startswith("buffers/")}
-            views = Layout.of(model, problem.transfers).views(state["row"])
-            model.load_state_dict({**model.state_dict(), **views, **buffers})
+            layout = Layout.of(model, problem.transfers)
+            if state["row"].shape != (layout.size,):
+                raise RuntimeError(f"it has {len(state['row'])} parameters, and the model {layout.size}")
+            layout.bind(model, state["row"].clone())
+            for name, value in layout.views(state["row"]).items():
+                model.get_parameter(name).data.copy_(value)
+            set_buffers(model, buffers, initial_buffers(model))
         else:
             model = problem.model()
-            model.load_state_dict(state, strict=True)
+            load_exported(model, state)
     except RuntimeError as error:
         raise RequestError(f"{folder.files.where(file)} does not fit the model of problem {name!r}: {error}") from error
     return model.eval()

@@ -280,15 +280,20 @@ def test_a_row_that_is_not_finite_is_named_and_goes_back_to_the_model_from_befor
 
 def test_parameters_that_every_loss_reaches_are_shared():
     problem = TwoTargets()
-    model, _ = own_model(problem, 0)
-    assert find_shared(problem, model, 0).names == ("trunk.0.weight", "trunk.0.bias")
+    assert find_shared(problem, 0, torch.float64).names == ("trunk.0.weight", "trunk.0.bias")
 
 
 def test_frozen_parameters_are_not_shared():
     problem = TwoTargets()
-    model, _ = own_model(problem, 0)
-    model.trunk[0].bias.requires_grad_(False)
-    assert find_shared(problem, model, 0).names == ("trunk.0.weight",)
+    whole = problem.model
+
+    def frozen():
+        model = whole()
+        model.trunk[0].bias.requires_grad_(False)
+        return model
+
+    problem.model = frozen
+    assert find_shared(problem, 0, torch.float64).names == ("trunk.0.weight",)
 
 
 def test_the_problem_may_say_which_are_shared_and_the_others_take_plain_gradients():
@@ -314,15 +319,14 @@ class Apart(TwoTargets):
 
 def test_shared_parameters_are_checked():
     problem = TwoTargets()
-    model, _ = own_model(problem, 0)
     problem.shared = lambda model: {"trunk.0.weight", "body.weight"}
     with pytest.raises(ValueError, match=r"TwoTargets\.shared names body\.weight, which the model does not train"):
-        find_shared(problem, model, 0)
+        find_shared(problem, 0, torch.float64)
     problem.shared = lambda model: set()
     with pytest.raises(ValueError, match="no parameter is reached by every loss"):
-        find_shared(problem, model, 0)
+        find_shared(problem, 0, torch.float64)
     with pytest.raises(ValueError, match="Apart: no parameter is reached by every loss, so none can be aligned"):
-        find_shared(Apart(), model, 0)
+        find_shared(Apart(), 0, torch.float64)
 
 
 # --- the UB variant's conditions ---
