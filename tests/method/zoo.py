@@ -8,6 +8,7 @@ trainable parameters, one of them a matrix at least, and takes milliseconds a st
 import functools
 import random
 import threading
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -473,6 +474,43 @@ class Grows(Animal):
         return self.examples(7 + count % 4, generator)
 
 
+@kind("a queue of past features with an int pointer", loop="buffer")
+class Queue(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(6, 4), nn.Linear(4, 2)
+            self.register_buffer("past", torch.zeros(3, 4))
+            self.register_buffer("next", torch.zeros(1, dtype=torch.long))
+
+        def forward(self, x):
+            hidden = torch.tanh(self.inner(x))
+            similar = (hidden @ self.past.clone().t()).mean(1, keepdim=True)
+            if self.training:
+                self.past[self.next] = hidden[:1].detach()
+                self.next[0] = (self.next[0] + 1) % 3
+            return self.out(hidden) + similar
+
+    def model(self):
+        return self.Net()
+
+
+@kind("a buffer in the memory of a parameter", "either", "shar|alias|overlap|same memory|view|storage", "?")
+class BufferOfAParameter(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(6, 5), nn.Linear(5, 2)
+            self.register_buffer("fixed", self.out.weight.detach(), persistent=False)
+
+        def forward(self, x):
+            hidden = torch.tanh(self.inner(x))
+            return self.out(hidden) + hidden @ self.fixed.clone().t()
+
+    def model(self):
+        return self.Net()
+
+
 @kind("a float64 buffer whose precision matters", "either", "float64|precise|base|dtype")
 class Precise(Animal):
     class Net(nn.Module):
@@ -616,6 +654,73 @@ class Cached(Animal):
 
     def losses(self, model, batch):
         return super().losses(model, batch) + torch.stack([model.features.square().mean(), model.features.mean()])
+
+
+@kind("an alias of a weight, kept from the first forward pass", "either", "alias|shar|copy|keeps|memory", "?")
+class Alias(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out, self.kept = nn.Linear(6, 5), nn.Linear(5, 2), None
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = self.out.weight.detach()
+            hidden = torch.tanh(self.inner(x))
+            return self.out(hidden) + hidden @ self.kept.clone().t()
+
+    def model(self):
+        return self.Net()
+
+
+@kind("features that a hook's closure keeps for the losses", "either", "cop|closure|hook|features|KeyError", "?")
+class HookedFeatures(Animal):
+    def model(self):
+        model, kept = mlp(), {}
+        model[1].register_forward_hook(lambda module, inputs, output: kept.update(hidden=output))
+        model.kept = kept
+        return model
+
+    def losses(self, model, batch):
+        return super().losses(model, batch) + 0.1 * model.kept["hidden"].square().mean()
+
+
+@kind("a weak reference to another module", "either", "cop|weak|original|share|reach|gradient", "?")
+class Weak(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = nn.Linear(6, 5), nn.Linear(5, 2)
+            self.encoder = weakref.ref(self.inner)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.encoder()(x)))
+
+    def model(self):
+        return self.Net()
+
+
+@kind("attributes of parameters that the losses read", "either", "attribute|decays", "?")
+class Attributes(Animal):
+    def model(self):
+        model = mlp()
+        model[0].weight.decays = 0.3
+        return model
+
+    def losses(self, model, batch):
+        decay = sum(p.square().sum() * p.decays for p in model.parameters() if hasattr(p, "decays"))
+        return super().losses(model, batch) + decay
+
+
+@kind("a penalty on all parameters that require gradients", loop="?")
+class Penalty(Animal):
+    def model(self):
+        model = mlp()
+        model[0].bias.requires_grad_(False)
+        return model
+
+    def losses(self, model, batch):
+        return super().losses(model, batch) + 0.1 * sum(p.abs().sum() for p in model.parameters() if p.requires_grad)
 
 
 @kind("a module that cannot be copied (a lock)", "either", "cop|lock|pickle", "?")
@@ -893,6 +998,39 @@ class Checkpointed(Animal):
 
     def model(self):
         return self.Net(self.reentrant)
+
+
+@kind("a gradient penalty (autograd.grad inside)", loop="")
+class GradientPenalty(Animal):
+    def model(self):
+        return mlp()
+
+    def losses(self, model, batch):
+        x, y = batch
+        with torch.enable_grad():  # also where it is evaluated
+            x = x.clone().requires_grad_()
+            out = model(x)
+            (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return (out - y).square().mean(0) + 0.1 * slope.square().mean()
+
+
+@kind("a layer that is applied twice, learned weights of the losses")
+class Twice(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.again, self.out = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+            self.log_variance = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.again(torch.tanh(self.again(self.inner(x))))))
+
+    def model(self):
+        return self.Net()
+
+    def losses(self, model, batch):
+        s = model.log_variance
+        return super().losses(model, batch) * (-s).exp() + s
 
 
 class StraightThrough(torch.autograd.Function):
