@@ -41,8 +41,11 @@ class GradientRows:
         self.there: list[list[bool] | None] = [None] * len(matrix)
 
     def begin(self) -> None:
-        """A new step: no row has a gradient."""
+        """A new step: no row has a gradient, and no parameter what others may have left in it."""
         self.there = [None] * len(self.matrix)
+        for of_row in self.parameters:
+            for parameter in of_row:
+                parameter.grad = None
 
     def collect(self, rows: Rows, leaves: Sequence[Tensor], which: range | None = None) -> None:
         """Takes the gradients that a backward pass has left; those of a further pass of the same step add up.

@@ -111,13 +111,23 @@ def task_gradients(f: Tensor, model: nn.Module, names: Sequence[str]) -> tuple[T
     ordered = [parameters[name] for name in names]
     rows, there = [], [False] * len(ordered)
     for loss in f:
-        found: Sequence[Tensor | None] = [None] * len(ordered)
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, ordered, retain_graph=True, allow_unused=True)
+        found = gradients_of(loss, ordered)
         there = [has or g is not None for has, g in zip(there, found, strict=True)]
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, ordered, strict=True)]
         rows.append(torch.cat([g.flatten() for g in parts]))
     return torch.stack(rows), there
+
+
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of one of several losses, by autograd; None of a parameter that it does not reach now."""
+    found: list[Tensor | None] = [None] * len(parameters)
+    which = [p for p, parameter in enumerate(parameters) if parameter.requires_grad and loss.requires_grad]
+    if which:
+        asked = [parameters[p] for p in which]
+        taken = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True)
+        for p, gradient in zip(which, taken, strict=True):
+            found[p] = gradient
+    return found
 
 
 @dataclass(frozen=True)
@@ -187,10 +197,7 @@ def _reached(
         for batch in itertools.islice(problem.batches(seed), batches):
             f, _ = parted(problem.losses(model, to_model(batch, next(iter(trainable.values())))))
             for j in range(m):
-                if not f[j].requires_grad:
-                    continue
-                found = torch.autograd.grad(f[j], list(trainable.values()), retain_graph=True, allow_unused=True)
-                for name, g in zip(trainable, found, strict=True):
+                for name, g in zip(trainable, gradients_of(f[j], list(trainable.values())), strict=True):
                     if g is not None:
                         by_graph[j].add(name)
                         if g.any():

@@ -44,7 +44,7 @@ from popmtl.method.problem import Evaluation, Problem, Split, parted, to_model
 from popmtl.method.replica import (
     Replication,
     exported,
-    initial_buffers,
+    initial_constants,
     initial_model,
     load_exported,
     replicate,
@@ -150,7 +150,7 @@ class Block:
         rows: the k×D block of X, contiguous; the models' parameters are views of it.
         gradients: k×D: of the step that is being taken; 0 where a parameter has none.
         models: k modules. Frozen parameters and buffers share memory until a model writes to one, see `replicate`.
-        initial: the buffers that all models began with.
+        initial: the buffers and frozen parameters that all models began with.
         subproblems: the k indices in the population.
         drawn: batches that each row has taken.
         weights: the k weight vectors, shape (k, m).
@@ -188,7 +188,7 @@ class Block:
         model = initial_model(problem, recipe.seed, recipe.dtype).to(device)
         self.layout = Layout.of(model, problem.transfers)
         count = len(self.subproblems)
-        self.initial = initial_buffers(model)
+        self.initial = initial_constants(model, self.layout.names)
         self.models: list[nn.Module] = replicate(model, problem, recipe.seed, recipe.dtype, count, recipe.replication)
         shape = (count, self.layout.size)
         self.rows = torch.empty(shape, dtype=recipe.dtype, device=device) if rows is None else rows

@@ -25,22 +25,22 @@ from popmtl.method.aligned_mtl import align
 from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.flat import Layout
-from popmtl.method.gradients import find_shared
+from popmtl.method.gradients import find_shared, gradients_of
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe, seeders
 from popmtl.method.optimizers import Member, Stepping, make_optimizers
-from popmtl.method.problem import Problem, parted, to_model
+from popmtl.method.problem import Problem, evaluating, parted, to_model
 from popmtl.method.replica import (
     Replication,
     attributes,
     initial_model,
     model_as_written,
-    own_buffers,
+    own_constants,
     python_state,
     random_state_kept,
     tensors_in,
 )
-from popmtl.method.snapshot import RowState, play_again, put, take
+from popmtl.method.snapshot import RowState, play_again, put, put_model, take, take_model
 from popmtl.method.stacked import why_not_stacked
 
 STEPS = 3
@@ -130,18 +130,20 @@ def rehearse(
     with random_state_kept():
         model = _starts_alike(problem, recipe)
         recipe, warnings = _share(problem, recipe, aligned)
-        _glance(problem, model, recipe)
+        reached = _glance(problem, model, recipe)
         started = time.perf_counter()
         _glance(problem, model, recipe)
         short = time.perf_counter() - started > LONG
         del model
         try:
-            return _Rehearsing(problem, W, replace(recipe, replication="copy"), aligned, stack, short).run(warnings)
+            return _Rehearsing(problem, W, replace(recipe, replication="copy"), aligned, stack, short, reached).run(
+                warnings
+            )
         except Exception as error:  # noqa: BLE001 - deepcopy may raise anything
             try:
-                return _Rehearsing(problem, W, replace(recipe, replication="build"), aligned, stack, short).run(
-                    warnings
-                )
+                return _Rehearsing(
+                    problem, W, replace(recipe, replication="build"), aligned, stack, short, reached
+                ).run(warnings)
             except Exception as again:  # noqa: BLE001
                 raise again if not isinstance(error, Mismatch) else error from None
 
@@ -155,6 +157,11 @@ def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
     first = model_as_written(problem, recipe.seed)
     Layout.of(first, problem.transfers)  # which refuses what no row can hold
     dtypes = {name: value.dtype for name, value in _tensors(first)}
+    for name, parameter in first.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float64 != recipe.dtype:
+            raise ValueError(f"parameter {name} is of torch.float64, and would be trained in float32; see train.dtype")
+        if parameter._post_accumulate_grad_hooks and recipe.accumulate > 1:
+            raise ValueError(f"parameter {name} has a hook on its accumulated gradient, which accumulate cannot serve")
     as_written = _initial_losses(problem, first, recipe)
     first = initial_model(problem, recipe.seed, recipe.dtype)
     second = initial_model(problem, recipe.seed, recipe.dtype)
@@ -190,8 +197,8 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
     ]
 
 
-def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> None:
-    """Losses and gradients once, for what is plainly wrong with the losses, and for their time."""
+def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
+    """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient."""
     for seeder in seeders(("torch", "numpy", "random"), torch.device("cpu")):
         seeder(recipe.seed)
     try:
@@ -200,7 +207,9 @@ def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> None:
         raise ValueError("its training batches ended; the stream must be endless") from None
     f, _ = parted(problem.losses(model, batch))
     check_losses(f, problem)
+    model.zero_grad(set_to_none=True)
     f.sum().backward()
+    return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -244,7 +253,9 @@ class _Rehearsing:
         aligned: AlignedRecipe | None,
         stack: bool,
         short: bool,
+        reached: set[str],
     ) -> None:
+        self.at_a_glance = reached
         self.problem, self.aligned, self.stack = problem, aligned, stack
         self.recipe = replace(recipe, generators=("torch", "numpy", "random"), mix_moments=False)
         self.tolerance = (
@@ -303,17 +314,21 @@ class _Rehearsing:
                 break
         kept = self._remembered(before)
         self._compare_models()
+        self._compare_evaluation()
         if not self.short and not any(block.out):
             self._read_back(kept, ideal)
-        self._compare_evaluation()
         if self.layout.moving:
             self._move_by_rounding()
         optimizer_bytes = sum(t.nbytes for n, t in take(block, block.optimizers)[0].tensors.items() if "optimizer" in n)
         model = block.models[0]
-        own = sum(value.nbytes for value in own_buffers(model, block.initial).values())
-        constant = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        constant += sum(b.nbytes for b in model.buffers()) - own
+        own = sum(value.nbytes for value in own_constants(model, block.initial, self.layout.names).values())
+        constant = sum(value.nbytes for value in block.initial.values()) - own
         unreached = [name for name in self.layout.names if name not in self.reached]
+        if elsewhere := self.at_a_glance & set(unreached):
+            raise Mismatch(
+                f"parameter {sorted(elsewhere)[0]} has a gradient only in the model that was made last: losses() uses "
+                "a module that the problem keeps, and not that of the model that it is given"
+            )
         notes = [*warnings]
         if unreached:
             notes.append(f"no loss reaches {_listed(unreached)}; as in torch, what has no gradient stays as it is")
@@ -423,21 +438,19 @@ class _Rehearsing:
                 continue
             if not f.requires_grad:
                 continue
-            s = self.recipe.scalarization(f, self.block.weights[i], ideal) / n
-            added = torch.autograd.grad(s, parameters, allow_unused=True)
+            model.zero_grad(set_to_none=True)
+            (self.recipe.scalarization(f, self.block.weights[i], ideal) / n).backward()
+            added = [p.grad for p in parameters]
             sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, added, strict=True)]
         if self.recipe.gradient:
             sums = self._combined(i, tasks, sums)
         gradients = dict(zip(self.layout.names, sums, strict=True))
         self.reached |= {name for name, g in gradients.items() if g is not None}
         if clip := self.recipe.clip:
-            flat = torch.cat([g.flatten() for g in sums if g is not None] or [torch.zeros(1)])[None]
-            norm = flat.norm()
-            for g in sums:
-                if g is not None and clip.norm is not None:
-                    g *= min(1.0, clip.norm / (float(norm) + 1e-6))
-                elif g is not None and clip.value is not None:
-                    g.clamp_(-clip.value, clip.value)
+            norm = torch.stack([g.norm() for g in sums if g is not None] or [torch.zeros(())]).norm()
+            shrink = 1.0 if clip.norm is None else min(1.0, clip.norm / (float(norm) + 1e-6))
+            bound = math.inf if clip.value is None else clip.value
+            gradients = {n: None if g is None else (shrink * g).clamp(-bound, bound) for n, g in gradients.items()}
         return total, gradients
 
     def _task_gradients(
@@ -446,9 +459,7 @@ class _Rehearsing:
         """The gradients of each loss as rows; and the sums over losses, None of what none reaches."""
         rows = []
         for loss in f:
-            found: Sequence[Tensor | None] = [None] * len(parameters)
-            if loss.requires_grad:
-                found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            found = gradients_of(loss, parameters)
             sums = [a if b is None else b if a is None else a + b for a, b in zip(sums, found, strict=True)]
             flat = [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, parameters, strict=True)]
             rows.append(torch.cat(flat))
@@ -559,21 +570,21 @@ class _Rehearsing:
 
         def losses() -> Tensor:
             _set_random_states(draw.states)
-            with torch.no_grad():
+            with evaluating(model):
                 return parted(self.problem.losses(model, _copied(draw.batch)))[0].double()
 
         def jump(moved: Sequence[str]) -> bool:
-            kept = self.block.rows[0].clone()
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            state = take_model(self.block, 0)
             before = losses()
-            _restore(model, buffers)
+            put_model(self.block, 0, state)
             for name in moved:
                 named[name].data.mul_(shrink)
             after = losses()
-            self.block.rows[0] = kept
-            _restore(model, buffers)
+            put_model(self.block, 0, state)
             return bool(before.isfinite().all()) and not _close(after, before, CONTINUITY)
 
+        if jump(()):
+            return  # a model that remembers its calls: nothing to tell by
         if jump(names):
             guilty = [name for name in names if jump([name])] or list(names)
             raise ValueError(

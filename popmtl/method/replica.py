@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -144,26 +144,41 @@ def share_memory(a: Tensor, b: Tensor) -> bool:
     return bool(address(a) == address(b)) and a.shape == b.shape
 
 
-def own_buffers(model: nn.Module, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers of a replica that training has written to, by name, as they are; initial: as all began."""
+def constants(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """The buffers of a model and its parameters that are not trained, by name."""
+    named = [(name, p) for name, p in model.named_parameters() if name not in trained]
+    return {name: value.detach() for name, value in [*named, *model.named_buffers()]}
+
+
+def own_constants(model: nn.Module, initial: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, Tensor]:
+    """The buffers of a replica, and parameters that no optimizer trains, that its own code has written to, by name.
+
+    Args:
+        model: the replica.
+        initial: as all began.
+        trained: names of the parameters that are trained.
+    """
     return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name not in initial or not share_memory(buffer, initial[name])
+        name: value
+        for name, value in constants(model, trained).items()
+        if name not in initial or not share_memory(value, initial[name])
     }
 
 
-def initial_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a model by name, to be kept copy-on-write."""
-    return {name: torch._lazy_clone(buffer.detach()) for name, buffer in model.named_buffers()}
+def initial_constants(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
+    """The constants of a model, to be kept copy-on-write."""
+    return {name: torch._lazy_clone(value) for name, value in constants(model, trained).items()}
 
 
-def set_buffers(model: nn.Module, own: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> None:
-    """Makes the buffers of a replica what they were: those that were its own, and the initial ones elsewhere.
+def set_constants(
+    model: nn.Module, own: Mapping[str, Tensor], initial: Mapping[str, Tensor], trained: Collection[str]
+) -> None:
+    """Makes the constants of a replica what they were: those that were its own, and the initial ones elsewhere.
 
     Buffers may have another shape by now, or not be there yet, where modules fill them at their first call.
     """
-    present = dict(model.named_buffers())
+    present = constants(model, trained)
+    frozen = dict(model.named_parameters())
     for name in {*present, *own}:
         if name in own:
             value = own[name].to(next(model.parameters()).device, copy=True)
@@ -174,6 +189,9 @@ def set_buffers(model: nn.Module, own: Mapping[str, Tensor], initial: Mapping[st
         else:
             continue  # filled since, and filled again when it is needed
         place = present.get(name)
+        if name in frozen:
+            frozen[name].data = value
+            continue
         if place is not None and place.shape == value.shape and place.dtype == value.dtype and name in own:
             place.copy_(value)
             continue
@@ -282,6 +300,8 @@ def _fingerprint(value: Any, depth: int = 3) -> Any:
         return (type(value).__name__, [_fingerprint(v, depth - 1) for v in value])
     if isinstance(value, np.ndarray):
         return ("array", value.tobytes())
+    if isinstance(value, torch.Generator):
+        return ("generator", value.get_state().numpy().tobytes())
     if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
         return ("object", id(value), _fingerprint(vars(value), depth - 1))
     return ("object", id(value))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from popmtl.method.mtgd import Block
 from popmtl.method.optimizers import Optimizers
-from popmtl.method.replica import extra_state, own_buffers, set_buffers, set_extra_state
+from popmtl.method.replica import extra_state, own_constants, set_constants, set_extra_state
 from popmtl.method.trees import pack, unpack
 
 
@@ -25,7 +25,7 @@ class RowState:
 
     Attributes:
         tensors: on the CPU, its own copies: "row" of shape (D,), "buffers/<name>" of those that training has written
-            to, "optimizer/…" and "extra/…", see `popmtl.method.trees`.
+            to, and of frozen parameters likewise, "optimizer/…" and "extra/…", see `popmtl.method.trees`.
         numbers: what is no tensor, as JSON can hold it.
     """
 
@@ -73,7 +73,10 @@ def take_model(block: Block, i: int) -> RowState:
     """
     model = block.models[i]
     tensors = {"row": copied(block.rows[i])}
-    tensors |= {f"buffers/{name}": copied(value) for name, value in own_buffers(model, block.initial).items()}
+    tensors |= {
+        f"buffers/{name}": copied(value)
+        for name, value in own_constants(model, block.initial, block.layout.names).items()
+    }
     extra, found = pack(extra_state(model), "extra")
     return RowState(tensors | found, {"extra": extra, "buffers": sorted(n for n in tensors if n != "row")})
 
@@ -94,7 +97,7 @@ def put_model(block: Block, i: int, state: RowState) -> None:
     if strange:
         raise ValueError(f"subproblem {block.subproblems[i]}: {sorted(strange)[0]} is not that of this model")
     block.rows[i] = row.to(block.rows)
-    set_buffers(model, own, block.initial)
+    set_constants(model, own, block.initial, block.layout.names)
     set_extra_state(model, unpack(state.numbers["extra"], state.tensors))
 
 

@@ -24,7 +24,7 @@ from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows
 from popmtl.method.problem import Problem, parted
-from popmtl.method.replica import copied, python_state
+from popmtl.method.replica import constants, copied, python_state
 from popmtl.method.scalarization import Scalarization
 
 if TYPE_CHECKING:
@@ -125,7 +125,14 @@ class Stacked:
             return f, {name: torch.as_tensor(value) for name, value in scalars.items()}
 
         parameters = {f"model.{name}": leaf for name, leaf in self.leaves.items()}
-        return self.mapped(of_one_row, parameters, tensors)
+        before = self._buffers()
+        result = self.mapped(of_one_row, parameters, tensors)
+        if self._buffers() != before:
+            raise NotStackable("the model has changed a buffer")
+        return result
+
+    def _buffers(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer._version) for buffer in self.module.buffers()]
 
 
 def _map(function: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> Any:
@@ -172,9 +179,9 @@ class Choice:
 def choose(block: Block) -> Choice:
     """Tries a training step of a block by the loop and stacked, and takes the faster if both give the same.
 
-    Nothing of the block changes, nor torch's random state: the step is taken by copies of its rows and models, on
-    batches from streams of their own. It takes about two seconds, or two steps of either kind if those take longer, and
-    for that time the memory of a second block.
+    Nothing of the block changes in the end, nor torch's random state; batches are from streams of their own. It takes
+    about two seconds, or two steps of either kind if those take longer, and for that time the memory of two more rows
+    each.
     """
     if len(block.models) == 1:
         return Choice("loop", "loop: one row")
@@ -199,65 +206,87 @@ def why_not_stacked(block: Block) -> str | None:
 
 
 def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Losses and backward pass of copies of the rows by the loop, and stacked, once both have given the same.
+    """Losses and backward pass of the rows by the loop, and stacked, once both have given the same.
+
+    Each leaves its gradients in a matrix of its own. The rows are where they were; the models are their own, since a
+    copy may have lost what stacking loses too, such as hooks of parameters.
 
     Raises:
-        NotStackable: they give different results, or the models' buffers change.
+        NotStackable: they give different results, or a model remembers something.
         Exception: whatever the problem's code raises.
     """
-    twin = copy.copy(block)
-    twin.streams, twin.drawn = [block.problem.batches(seed) for seed in block.seeds], [0] * len(block.seeds)
-    twin.models = [copied(model) for model in block.models]
-    twin.rows, twin.gradients = torch.empty_like(block.rows), torch.zeros_like(block.rows)
-    for model, row in zip(twin.models, twin.rows, strict=True):
-        twin.layout.bind(model, row)
-    twin.gradient_rows, twin.curves = GradientRows(twin.layout, twin.models, twin.gradients), Curves(len(twin.models))
-    batches = [twin.draw(i) for i in range(len(twin.models))]
-    stacked = Stacked(twin.problem, twin.layout, twin.models[0], twin.rows, compiled=block.recipe.compiled)
-    # Rows start alike, and like the model that is copied: a step that read the wrong one would go unnoticed.
-    twin.rows *= 1 - SHRINK * torch.rand_like(twin.rows)
-    twin.project()
-    z = torch.zeros_like(twin.weights[0])
+    trial = copy.copy(block)
+    trial.streams, trial.drawn = [block.problem.batches(seed) for seed in block.seeds], [0] * len(block.seeds)
+    batches = [trial.draw(i) for i in range(len(block.models))]
+    for i, batch in enumerate(batches):
+        _refuse_memory(block, i, batch)
+    trial.gradients, trial.curves = torch.zeros_like(block.rows), Curves(len(block.models))
+    taken = trial.gradient_rows = GradientRows(block.layout, block.models, trial.gradients)
+    stacked = Stacked(block.problem, block.layout, block.models[0], block.rows, compiled=block.recipe.compiled)
+    z = torch.zeros_like(block.weights[0])
     # A maximum of losses that are nearly equal, or bfloat16, would blow up differences that are only rounding.
-    twin.recipe = replace(block.recipe, precision="full", scalarization=Scalarization("weighted_sum"))
+    trial.recipe = replace(block.recipe, precision="full", scalarization=Scalarization("weighted_sum"))
 
     def by_loop() -> Tensor:
-        twin.gradient_rows.begin()
+        taken.begin()
         losses = []
-        for i, (batch, w) in enumerate(zip(batches, twin.weights, strict=True)):
-            f = twin.losses(i, batch)
+        for i, (batch, w) in enumerate(zip(batches, block.weights, strict=True)):
+            f = trial.losses(i, batch)
             if f.requires_grad:
-                twin.recipe.scalarization(f, w, z).backward()
-            twin.gradient_rows.collect(i, twin.gradient_rows.parameters[i])
+                trial.recipe.scalarization(f, w, z).backward()
+            taken.collect(i, taken.parameters[i])
             losses.append(f.detach())
         return torch.stack(losses)
 
     def by_stack() -> Tensor:
-        twin.gradient_rows.begin()
-        with twin.autocast():
+        taken.begin()
+        with trial.autocast():
             f, _ = stacked.losses(batches)
         if f.requires_grad:
-            twin.recipe.scalarization(f, twin.weights, z).sum().backward()
-        twin.gradient_rows.collect(ALL, stacked.ordered)
+            trial.recipe.scalarization(f, block.weights, z).sum().backward()
+        taken.collect(ALL, stacked.ordered)
         return f.detach()
 
-    states = [python_state(model) for model in twin.models]
-    losses, gradients = by_loop(), twin.gradients.clone()
-    for was, now in zip(states, map(python_state, twin.models), strict=True):
-        if changed := sorted(name for name in now if was.get(name) != now[name]):
-            raise NotStackable(f"the model keeps {changed[0]} from one step to the next")
-    for before, after in zip(block.models, twin.models, strict=True):
-        buffers = dict(before.named_buffers())
-        for name, value in after.named_buffers():
-            same = name in buffers and buffers[name].shape == value.shape and torch.equal(buffers[name], value)
-            if not same:
-                raise NotStackable(f"training changes the buffer {name}")
-    for what, looped, other in (("losses", losses, by_stack()), ("gradients", gradients, twin.gradients)):
-        allowed = _tolerance(twin.rows) * looped.norm(dim=1).max()
-        if not (looped - other).norm(dim=1).max() <= allowed:  # as NaN is not
-            raise NotStackable(f"stacked {what} differ")
-    twin.recipe = block.recipe
+    kept = block.rows.clone()
+    try:
+        # Rows start alike, and like the model that is copied: a step that read the wrong one would go unnoticed.
+        block.rows *= 1 - SHRINK * torch.rand_like(block.rows)
+        block.project()
+        losses, gradients = by_loop(), trial.gradients.clone()
+        there = [list(has or ()) for has in taken.there]
+        for what, looped, other in (("losses", losses, by_stack()), ("gradients", gradients, trial.gradients)):
+            allowed = _tolerance(block.rows) * looped.norm(dim=1).max()
+            if not (looped - other).norm(dim=1).max() <= allowed:  # as NaN is not
+                raise NotStackable(f"stacked {what} differ")
+        if there != [list(has or ()) for has in taken.there]:
+            raise NotStackable("other parameters have gradients when they are stacked")
+    finally:
+        block.rows.copy_(kept)
+        taken.begin()
+    trial.recipe = block.recipe
     return by_loop, by_stack
+
+
+def _refuse_memory(block: Block, i: int, batch: Any) -> None:
+    """Makes sure that row i's model, in a copy, is after a batch what it was before.
+
+    Raises:
+        NotStackable: it remembers something, naming it.
+    """
+    for name, parameter in block.models[i].named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise NotStackable(f"parameter {name} has hooks")
+    model, trained = copied(block.models[i]), block.layout.names
+    state, before = python_state(model), {name: value.clone() for name, value in constants(model, trained).items()}
+    with block.autocast():
+        parted(block.problem.losses(model, batch))
+    after = python_state(model)
+    if changed := sorted(name for name in after if state.get(name) != after[name]):
+        raise NotStackable(f"the model keeps {changed[0]} from one step to the next")
+    for name, value in constants(model, trained).items():
+        same = name in before and before[name].shape == value.shape and torch.equal(before[name], value)
+        if not same:
+            raise NotStackable(f"training changes the buffer {name}")
 
 
 def _measure(block: Block) -> tuple[float, float]:

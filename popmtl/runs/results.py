@@ -112,7 +112,7 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
     """
     # Here and not above: reading a front needs no problem.
     from popmtl.method.flat import Layout
-    from popmtl.method.replica import initial_buffers, initial_model, load_exported, set_buffers
+    from popmtl.method.replica import initial_constants, initial_model, load_exported, set_constants
     from popmtl.problems.registry import load_problem
 
     folder = RunFolder(run_folder)
@@ -144,7 +144,7 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
             layout.bind(model, state["row"].clone())
             for name, value in layout.views(state["row"]).items():
                 model.get_parameter(name).data.copy_(value)
-            set_buffers(model, buffers, initial_buffers(model))
+            set_constants(model, buffers, initial_constants(model, layout.names), layout.names)
         else:
             model = problem.model()
             load_exported(model, state)

@@ -328,7 +328,8 @@ def test_no_warning_is_given(recwarn):
 
 def test_the_model_given_is_left_alone():
     block = block_of(Regression(Counting))
-    stack_of(block).losses(draw(block))
+    with pytest.raises(NotStackable, match="the model has changed a buffer"):
+        stack_of(block).losses(draw(block))
     assert all(model[1].calls == 0 for model in block.models)
 
 
@@ -449,8 +450,8 @@ def test_what_is_timed_runs_in_the_precision_of_the_recipe():
     lower = []
     problem = Losses(lambda f: (lower.append(torch.is_autocast_enabled("cpu")), f)[1])
     choose(block_of(problem, dtype=torch.float32, precision="bf16"))
-    # A loop over three rows, and all of them stacked.
-    assert lower == [False] * 4 + [True] * 4 * stacked.PAIRS
+    # Each row's model alone; then a loop over three rows, and all of them stacked.
+    assert lower == [True] * 3 + [False] * 4 + [True] * 4 * stacked.PAIRS
 
 
 def test_a_step_is_timed_by_the_clock(monkeypatch):

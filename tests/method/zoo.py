@@ -454,7 +454,7 @@ class Lately(Animal):
         return self.Net()
 
 
-@kind("a buffer that grows with the input", loop="")
+@kind("a buffer that grows with the input", loop="?")
 class Grows(Animal):
     class Net(nn.Module):
         def __init__(self):
