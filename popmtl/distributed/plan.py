@@ -29,9 +29,10 @@ from popmtl.method.delta_m import tasks_of
 from popmtl.method.fine_tuning import AlignedRecipe
 from popmtl.method.flat import Layout
 from popmtl.method.gradients import shared_parameters
+from popmtl.method.measured import check_names
 from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
 from popmtl.method.population import Population, train_population
-from popmtl.method.problem import Direction, Problem, to_model
+from popmtl.method.problem import Direction, Problem, Weights, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
 from popmtl.runs.baseline import SINGLE_TASK, single_task_figures
@@ -285,7 +286,7 @@ def train_in_process(plan: RunPlan) -> Population:
 def check_problem(
     name: str, problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None = None
 ) -> tuple[Layout, int, bool]:
-    """Builds the problem's model and takes its losses once, on a training and the first validation batch.
+    """Builds the problem's model and takes its losses once, on a training and the first two validation batches.
 
     Returns:
         The layout of a row, the number of columns that Aligned-MTL would align, and whether adapt_then_combine could
@@ -306,9 +307,13 @@ def check_problem(
             shared = int(layout.columns(shared_parameters(problem, model, batch)).sum())
         if aligned and aligned.variant == "ub":
             _check_losses(problem.losses_at(model, problem.representation(model, batch), batch), problem)
-        evaluation = _with_one_batch(problem).evaluate(model, "validation")
-        if missing := set(problem.metrics) - set(evaluation.metrics):
-            raise ValueError(f"measure does not return {sorted(missing)[0]}, which metrics names")
+        # With a second batch, as what batches weigh, and how metric objects are put together, matters then.
+        glance = _with_two_batches(problem)
+        check_names(problem.metrics, glance.evaluate(model, "validation").metrics)
+        if type(problem).evaluate is Problem.evaluate:
+            weights = Weights(problem)
+            for held_out in glance.evaluation_batches("test"):
+                weights.of(to_model(held_out, next(model.parameters())))
     except RequestError:
         raise
     except StopIteration as error:
@@ -319,11 +324,11 @@ def check_problem(
     return layout, shared, leaves_alone
 
 
-def _with_one_batch(problem: Problem) -> Problem:
-    """The problem with the first batch of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
+def _with_two_batches(problem: Problem) -> Problem:
+    """The problem with the first batches of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
     glance = copy.copy(problem)
     glance.evaluation_batches = (  # type: ignore[method-assign]
-        lambda split: list(itertools.islice(problem.evaluation_batches(split), 1))
+        lambda split: list(itertools.islice(problem.evaluation_batches(split), 2))
     )
     return glance
 
