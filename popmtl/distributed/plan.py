@@ -35,7 +35,7 @@ from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Direction, Problem, Weights, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
-from popmtl.runs.baseline import SINGLE_TASK, single_task_figures
+from popmtl.runs.baseline import SINGLE_TASK, SingleTask, single_task_figures
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import is_remote
 
@@ -72,7 +72,8 @@ class RunPlan:
         placement: actors and their rows.
         transport: that moves the rows, and why.
         warnings: what is allowed, and may yet be a mistake.
-        reference: the figures of single-task models, by name, for Δm; None without, or as long as they are not trained.
+        reference: the figures of single-task models, by split and name, for Δm; None without, or as long as they are
+            not trained.
     """
 
     config: Config
@@ -92,7 +93,7 @@ class RunPlan:
     placement: Placement
     transport: Transport
     warnings: tuple[str, ...]
-    reference: dict[str, float] | None = None
+    reference: SingleTask | None = None
 
     @property
     def transfers(self) -> bool:
@@ -286,7 +287,7 @@ def train_in_process(plan: RunPlan) -> Population:
 def check_problem(
     name: str, problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None = None
 ) -> tuple[Layout, int, bool]:
-    """Builds the problem's model and takes its losses once, on a training and the first two validation batches.
+    """Builds the problem's model and takes its losses on a training batch and the first of the held-out splits.
 
     Returns:
         The layout of a row, the number of columns that Aligned-MTL would align, and whether adapt_then_combine could
@@ -307,10 +308,11 @@ def check_problem(
             shared = int(layout.columns(shared_parameters(problem, model, batch)).sum())
         if aligned and aligned.variant == "ub":
             _check_losses(problem.losses_at(model, problem.representation(model, batch), batch), problem)
-        # With a second batch, as what batches weigh, and how metric objects are put together, matters then.
-        glance = _with_two_batches(problem)
+        # With a second batch it matters what batches weigh, and how metric objects are put together.
+        by_batches = type(problem).evaluate is Problem.evaluate
+        glance = _with_batches(problem, 2 if by_batches else 1)
         check_names(problem.metrics, glance.evaluate(model, "validation").metrics)
-        if type(problem).evaluate is Problem.evaluate:
+        if by_batches:
             weights = Weights(problem)
             for held_out in glance.evaluation_batches("test"):
                 weights.of(to_model(held_out, next(model.parameters())))
@@ -324,11 +326,11 @@ def check_problem(
     return layout, shared, leaves_alone
 
 
-def _with_two_batches(problem: Problem) -> Problem:
+def _with_batches(problem: Problem, count: int) -> Problem:
     """The problem with the first batches of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
     glance = copy.copy(problem)
     glance.evaluation_batches = (  # type: ignore[method-assign]
-        lambda split: list(itertools.islice(problem.evaluation_batches(split), 2))
+        lambda split: list(itertools.islice(problem.evaluation_batches(split), count))
     )
     return glance
 
