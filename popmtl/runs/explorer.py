@@ -66,7 +66,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
                 "weights": member.weights,
                 "objectives": chosen_by.objectives,
                 "metrics": [chosen_by.metrics.get(name) for name in names],
-                "test": [*report.objectives, *(report.metrics.get(name) for name in names)],
+                "test": [] if front.chosen_on == "test" else [*report.objectives, *map(report.metrics.get, names)],
                 "stage": member.stage,
                 "best": member.non_dominated,
                 "kept": member.model is not None,
