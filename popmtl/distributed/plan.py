@@ -32,7 +32,7 @@ from popmtl.method.gradients import shared_parameters
 from popmtl.method.measured import check_names
 from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
 from popmtl.method.population import Population, train_population
-from popmtl.method.problem import Direction, Problem, Weights, to_model
+from popmtl.method.problem import Direction, Problem, Split, Weights, to_model
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
 from popmtl.runs.baseline import SINGLE_TASK, SingleTask, single_task_figures
@@ -42,6 +42,8 @@ from popmtl.runs.storage import is_remote
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
+
+SPLITS: tuple[Split, Split] = ("validation", "test")
 
 TRACKING = "MLFLOW_TRACKING_URI"
 
@@ -313,9 +315,12 @@ def check_problem(
         glance = _with_batches(problem, 2 if by_batches else 1)
         check_names(problem.metrics, glance.evaluate(model, "validation").metrics)
         if by_batches:
-            weights = Weights(problem)
-            for held_out in glance.evaluation_batches("test"):
-                weights.of(to_model(held_out, next(model.parameters())))
+            for split in SPLITS:
+                weights = Weights(problem)
+                for held_out in problem.evaluation_batches(split):
+                    weights.of(to_model(held_out, next(model.parameters())))
+                    if weights.batches > 1 and not weights.unknown:
+                        break
     except RequestError:
         raise
     except StopIteration as error:

@@ -91,7 +91,7 @@ class Problem(ABC):
         """How many examples a batch holds: its weight in the means over a split; called with the batch on its device.
 
         By default the first dimension that all tensors and numpy arrays in it share; without any, the length that all
-        innermost lists in it share; 1 without these. A split of one batch needs no weight.
+        innermost lists in it share; 1 without these. Batches of the same lengths need no weights, and neither does one.
 
         Returns:
             A number, or one for each objective, where an objective averages over a batch of its own, as with several
@@ -100,7 +100,7 @@ class Problem(ABC):
         Raises:
             UnknownSize: the first dimensions differ. Define `size` then.
         """
-        lengths = set(_lengths(batch) or _list_lengths(batch))
+        lengths = set(_lengths(batch))
         if len(lengths) > 1:
             listed = ", ".join(map(str, sorted(lengths)))
             raise UnknownSize(f"the first dimensions of an evaluation batch differ ({listed}); {DEFINE_SIZE}")
@@ -158,47 +158,48 @@ class Weights:
     Attributes:
         batches: how many came.
         total: of their weights, shape (m,), float64.
+        unknown: why the size of a batch is unknown; then all weigh the same, as long as all have the same lengths.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.batches = problem, 0
         self.total = torch.zeros(len(problem.objectives), dtype=torch.float64)
-        self.arrays: int | None = None
         self.unknown: UnknownSize | None = None
+        self.lengths: list[int] = []
 
     def of(self, batch: Any) -> Tensor:
-        """The weights of the next batch for each objective, shape (m,), float64; 1 of an only one, whatever it holds.
+        """The weights of the next batch for each objective, shape (m,), float64.
 
         Raises:
-            UnknownSize: the split has several batches, and the size of one is unknown.
+            UnknownSize: the batches of the split differ, and nobody says what they weigh.
             ValueError: `size` returns something else than numbers from 0 on.
         """
         self.batches += 1
-        if self.unknown:
-            raise self.unknown
+        # A parameter of the problem may be named size.
+        own = callable(self.problem.size) and getattr(type(self.problem), "size", None) is not Problem.size
+        given = self.problem.size(batch) if own else self._default(batch)
         m = len(self.total)
-        sizes = torch.ones(m, dtype=torch.float64)
-        try:
-            given = self._given(batch)
-            sizes = torch.as_tensor(given, dtype=torch.float64).cpu()
-        except UnknownSize as error:
-            if self.batches > 1:
-                raise
-            self.unknown = error
+        sizes = torch.as_tensor(given, dtype=torch.float64).cpu()
         if sizes.shape not in ((), (m,)) or not sizes.isfinite().all() or (sizes < 0).any():
             raise ValueError(f"size must return a number from 0 on, or {m}, one for each objective; got {given!r}")
         sizes = sizes.expand(m)
         self.total += sizes
         return sizes
 
-    def _given(self, batch: Any) -> Any:
-        if callable(self.problem.size) and getattr(type(self.problem), "size", None) is not Problem.size:
-            return self.problem.size(batch)
-        # A list of examples: its arrays' first dimensions, such as their channels, do not tell how many there are.
-        arrays, self.arrays = self.arrays, len(_lengths(batch))
-        if arrays not in (None, self.arrays):
-            raise UnknownSize(f"the evaluation batches hold {arrays} and {self.arrays} arrays; {DEFINE_SIZE}")
-        return Problem.size(self.problem, batch)  # a parameter of the problem may be named size
+    def _default(self, batch: Any) -> float | Sequence[float]:
+        lengths = _lengths(batch)
+        first, self.lengths = self.lengths if self.batches > 1 else lengths, lengths
+        if len(lengths) != len(first):
+            # A list of examples: its arrays' first dimensions, such as their channels, do not tell how many there are.
+            raise UnknownSize(f"the evaluation batches hold {len(first)} and {len(lengths)} arrays; {DEFINE_SIZE}")
+        if self.unknown is None:
+            try:
+                return Problem.size(self.problem, batch)
+            except UnknownSize as error:
+                self.unknown = error
+        if lengths != first:
+            raise self.unknown
+        return 1
 
 
 class VectorProblem(Problem):
@@ -316,17 +317,21 @@ def _children(value: Any, within: bool) -> Iterable[Any]:
     return ()
 
 
-def _lengths(batch: Any, within: bool = False) -> list[int]:
-    """The first dimensions of the tensors and numpy arrays in a batch that have one."""
+def _lengths(batch: Any) -> list[int]:
+    """The first dimensions of a batch's tensors and numpy arrays that have one; without any, its lists' lengths."""
+    return _array_lengths(batch) or _list_lengths(batch)
+
+
+def _array_lengths(batch: Any, within: bool = False) -> list[int]:
     if isinstance(batch, Tensor | np.ndarray):
         return [int(batch.shape[0])] if batch.ndim else []
     children = _children(batch, within)
     within = within or _is_record(batch)
-    return [length for child in children for length in _lengths(child, within)]
+    return [length for child in children for length in _array_lengths(child, within)]
 
 
 def _list_lengths(batch: Any) -> list[int]:
-    """The lengths of the innermost lists and tuples in a batch without arrays, such as one of texts."""
+    """Of the innermost lists and tuples, such as texts."""
     if not isinstance(batch, Mapping | tuple | list):
         return []
     children = list(batch.values() if isinstance(batch, Mapping) else batch)

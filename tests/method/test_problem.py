@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from popmtl.method.problem import Problem, UnknownSize, VectorProblem, to_model
+from popmtl.method.problem import Problem, UnknownSize, VectorProblem, Weights, to_model
 
 NAN = float("nan")
 
@@ -211,12 +211,17 @@ def evaluated(problem):
     return evaluation.objectives.tolist(), evaluation.metrics
 
 
-def test_unequal_arrays_need_a_size_unless_the_split_is_one_batch():
+def test_unequal_arrays_need_a_size_unless_the_batches_are_alike():
     problem = Loaders()
     with pytest.raises(UnknownSize, match=r"the first dimensions of an evaluation batch differ \(2, 6\); define size"):
         evaluated(problem)
+    for alike in (1, 3):  # one batch needs no weight, and neither do batches of the same lengths
+        problem.batches_of = lambda: [(torch.full((2,), 1.0 + i), torch.ones(6)) for i in range(alike)]  # noqa: B023
+        assert evaluated(problem)[0] == [(1 + alike) / 2, 1]
+    problem.batches_of = lambda: [*[(torch.ones(2), torch.ones(6))] * 2, (torch.ones(2), torch.ones(2))]
+    with pytest.raises(UnknownSize, match=r"differ \(2, 6\)"):
+        evaluated(problem)
     problem.batches_of = lambda: [(torch.ones(2), torch.ones(6))]
-    assert evaluated(problem) == ([1, 1], {"mean": 1})
     problem.size = 32  # a parameter of that name is no method
     assert evaluated(problem) == ([1, 1], {"mean": 1})
 
@@ -265,6 +270,17 @@ def test_lists_of_examples_do_not_tell_their_size_by_what_an_example_is():
 
     with pytest.raises(UnknownSize, match="the evaluation batches hold 4 and 2 arrays; define size"):
         evaluated(Images())
+
+
+def test_lists_of_pairs_do_not_tell_their_size_either():
+    weights = Weights(Loaders())
+    weights.of([("good", 1), ("bad", 0)])
+    with pytest.raises(UnknownSize, match="the evaluation batches hold 2 and 1 arrays"):
+        weights.of([("good", 1)])
+    weights = Weights(Loaders())
+    weights.of((["a", "b"], ["c"]))
+    with pytest.raises(UnknownSize, match=r"differ \(1, 2\)"):
+        weights.of((["a"], ["c"]))
 
 
 def test_an_objective_that_is_nan_is_seen():
