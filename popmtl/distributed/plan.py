@@ -28,17 +28,19 @@ from popmtl.method.fine_tuning import AlignedRecipe
 from popmtl.method.mtgd import Recipe
 from popmtl.method.optimizers import entrywise, moment_names
 from popmtl.method.population import Population, train_population
-from popmtl.method.problem import Direction, Problem
+from popmtl.method.problem import Direction, Problem, Split, Weights, to_model
 from popmtl.method.rehearsal import Rehearsal, rehearse
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
-from popmtl.runs.baseline import SINGLE_TASK, single_task_figures
+from popmtl.runs.baseline import SINGLE_TASK, SingleTask, single_task_figures
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import is_remote
 
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
+
+SPLITS: tuple[Split, Split] = ("validation", "test")
 
 TRACKING = "MLFLOW_TRACKING_URI"
 
@@ -67,7 +69,8 @@ class RunPlan:
         placement: actors and their rows.
         transport: that moves the rows, and why.
         warnings: what is allowed, and may yet be a mistake.
-        reference: the figures of single-task models, by name, for Δm; None without, or as long as they are not trained.
+        reference: the figures of single-task models, by split and name, for Δm; None without, or as long as they are
+            not trained.
     """
 
     config: Config
@@ -85,7 +88,7 @@ class RunPlan:
     placement: Placement
     transport: Transport
     warnings: tuple[str, ...]
-    reference: dict[str, float] | None = None
+    reference: SingleTask | None = None
 
     @property
     def parameters(self) -> int:
@@ -325,7 +328,19 @@ def check_problem(
         RequestError: naming the problem and what it does wrong, or what the run would do wrong to it.
     """
     try:
-        return rehearse(_with_one_batch(problem), W, recipe, aligned, stack=stack)
+        # With a second batch it matters what batches weigh, and how metric objects are put together.
+        by_batches = type(problem).evaluate is Problem.evaluate
+        glance = _with_batches(problem, 2 if by_batches else 1)
+        rehearsal = rehearse(glance, W, recipe, aligned, stack=stack)
+        if by_batches:
+            reference = torch.zeros((), dtype=recipe.dtype)
+            for split in SPLITS:
+                weights = Weights(problem)
+                for held_out in problem.evaluation_batches(split):
+                    weights.of(to_model(held_out, reference))
+                    if weights.batches > 1 and not weights.unknown:
+                        break
+        return rehearsal
     except RequestError:
         raise
     except StopIteration as error:
@@ -335,11 +350,11 @@ def check_problem(
         raise RequestError(f"problem {name}: {kind}{error}") from error
 
 
-def _with_one_batch(problem: Problem) -> Problem:
-    """The problem with the first batch of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
+def _with_batches(problem: Problem, count: int) -> Problem:
+    """The problem with the first batches of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
     glance = copy.copy(problem)
     glance.evaluation_batches = (  # type: ignore[method-assign]
-        lambda split: list(itertools.islice(problem.evaluation_batches(split), 1))
+        lambda split: list(itertools.islice(problem.evaluation_batches(split), count))
     )
     return glance
 

@@ -26,6 +26,7 @@ from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.flat import Layout
 from popmtl.method.gradients import find_shared, gradients_of
+from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe, seeders
 from popmtl.method.optimizers import Member, Stepping, make_optimizers
@@ -548,8 +549,7 @@ class _Rehearsing:
         tolerance = max(10 * self.tolerance, 1e-4)
         for i, evaluated in enumerate(self.block.evaluate("validation")):
             own = self.problem.evaluate(self.own[i], "validation")
-            if missing := set(self.problem.metrics) - set(own.metrics):
-                raise ValueError(f"measure does not return {sorted(missing)[0]}, which metrics names")
+            check_names(self.problem.metrics, own.metrics)
             if not _close(evaluated.objectives, own.objectives, tolerance):
                 raise Mismatch(
                     f"the validation losses are {evaluated.objectives.tolist()} of a row, and "

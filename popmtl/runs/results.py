@@ -16,7 +16,7 @@ from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front
+from popmtl.runs.front import Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
 
@@ -155,12 +155,17 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
 
 def _table(front: Front) -> list[list[Any]]:
     """The rows of front.csv, its header first."""
-    metrics = list(dict.fromkeys(name for member in front.members for name in member.metrics))
+    splits: list[Split] = ["validation", "test"] if front.chosen_on == "validation" else ["test"]
+    figures = {split: [front.figures(member, split) for member in front.members] for split in splits}
+    metrics = {split: list(dict.fromkeys(name for of in figures[split] for name in of.metrics)) for split in splits}
     header = [
         "subproblem",
         *(f"w/{name}" for name in front.objectives),
-        *(f"objective/{name}" for name in front.objectives),
-        *metrics,
+        *(
+            f"{split}/{name}"
+            for split in splits
+            for name in (*(f"objective/{name}" for name in front.objectives), *metrics[split])
+        ),
         "stage",
         "non_dominated",
         "model",
@@ -168,12 +173,15 @@ def _table(front: Front) -> list[list[Any]]:
         "lost",
     ]
     rows: list[list[Any]] = [header]
-    for member in front.members:
-        figures = [*member.weights, *member.objectives, *(member.metrics.get(name, math.nan) for name in metrics)]
+    for i, member in enumerate(front.members):
+        values = [*member.weights]
+        for split in splits:
+            own = figures[split][i]
+            values += [*own.objectives, *(own.metrics.get(name, math.nan) for name in metrics[split])]
         rows.append(
             [
                 member.subproblem,
-                *(float(figure) for figure in figures),
+                *(float(value) for value in values),
                 member.stage,
                 member.non_dominated,
                 member.model,

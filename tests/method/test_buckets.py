@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from popmtl.method.buckets import bucket_bounds, leaves_parameters_alone
-from popmtl.method.optimizers import entrywise
 from popmtl.method.flat import Layout
 from popmtl.method.mtgd import Block, Chunk, Recipe
+from popmtl.method.optimizers import entrywise
 from popmtl.method.problem import Problem
 
 DOUBLE = torch.float64
