@@ -19,7 +19,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -224,7 +226,13 @@ class LRScheduleConfig(BaseModel):
         return partial(getattr(torch.optim.lr_scheduler, self.name), **arguments)
 
 
-Schedules = LRScheduleConfig | list[LRScheduleConfig] | None
+Schedules = (
+    Annotated[
+        Annotated[LRScheduleConfig, Tag("[one]")] | Annotated[list[LRScheduleConfig], Tag("[sequence]")],
+        Discriminator(lambda given: "[sequence]" if isinstance(given, list) else "[one]"),
+    ]
+    | None
+)
 
 WALKED = 100_000
 """Steps of a schedule, at most, that are taken to see whether it can take them; some microseconds each."""
@@ -644,7 +652,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _describe(details: Any) -> str:
     """One line for one complaint of pydantic: the key's path, what is wrong, what would be right."""
-    location = [str(part) for part in details["loc"] if not str(part).startswith(("list[", "literal["))]
+    location = [str(part) for part in details["loc"] if not str(part).startswith(("list[", "literal[", "["))]
     key = ".".join(location)
     if details["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(location[-1], _keys_at(location[:-1]))}"

@@ -96,12 +96,12 @@ def choose_overlap(name: TransportName, recipe: Recipe, rehearsal: Rehearsal) ->
         return "none: a gradient method needs the whole gradient of every loss", math.inf
     if recipe.clip and recipe.clip.norm is not None:
         return "none: clipping by norm needs the whole gradient", math.inf
+    if not rehearsal.leaves_alone:
+        return "none: the backward pass reads parameters after their gradients are complete", math.inf
     if rehearsal.stepping != "rows":
         return "none: the optimizer does not treat each entry of a row alone, and all alike", math.inf
     if rehearsal.unreached:
         return f"none: parameters without gradients, such as {rehearsal.unreached[0]}, step on their own", math.inf
-    if not rehearsal.leaves_alone:
-        return "none: the backward pass reads parameters after their gradients are complete", math.inf
     bounds = bucket_bounds(layout, recipe.dtype.itemsize, BUCKET_BYTES)
     moving = sum(first < layout.transferring for first, _ in bounds)
     if moving < 2:

@@ -34,6 +34,7 @@ from popmtl.method.problem import Problem, evaluating, parted, to_model
 from popmtl.method.replica import (
     Replication,
     attributes,
+    constants,
     initial_model,
     model_as_written,
     own_constants,
@@ -273,6 +274,7 @@ class _Rehearsing:
         self.members = [
             Member(self.layout.names, model, self._optimizers(model, recipe), recipe.lr_schedule) for model in self.own
         ]
+        self.stepping = self.block.optimizers.stepping
         self.draws: list[list[Draw]] = [[] for _ in self.rows]
         self.used: set[str] = set()
         self.reached: set[str] = set()
@@ -314,7 +316,6 @@ class _Rehearsing:
             if not self._step(t, ideal):
                 break
         kept = self._remembered(before)
-        self._compare_models()
         self._compare_evaluation()
         if not self.short and not any(block.out):
             self._read_back(kept, ideal)
@@ -340,7 +341,7 @@ class _Rehearsing:
             )
         alone = False
         if self.recipe.order == "adapt_then_combine":
-            alone = not unreached and self.recipe.replication == "copy"
+            alone = self.recipe.replication == "copy"
             alone = alone and leaves_parameters_alone(problem, model, self.draws[0][0].batch)
         stackable = why_not_stacked(block) if self.stack and len(block.models) > 1 else None
         if self.aligned:
@@ -349,7 +350,7 @@ class _Rehearsing:
             layout=self.layout,
             replication=self.recipe.replication,
             generators=("torch", *sorted(self.used)),
-            stepping=block.optimizers.stepping,
+            stepping=self.stepping,
             unreached=tuple(unreached),
             shared=self.recipe.shared,
             leaves_alone=alone,
@@ -365,6 +366,10 @@ class _Rehearsing:
         block = self.block
         for draws in self.draws:
             draws.clear()
+        for model, of_row, row in zip(self.own, block.models, block.rows, strict=True):
+            # A deep network makes much of a difference by rounding: every step begins from the same.
+            self._assume(model, row)
+            _restore(model, constants(of_row, self.layout.names))
         before = [self._flat(model) for model in self.own]
         A = (self._coefficients() - torch.eye(len(self.rows))).to(block.rows)
         mixes = self.layout.moving and len(self.rows) > 1
@@ -395,6 +400,7 @@ class _Rehearsing:
                 if name not in present or not _close(rows[name], present[name].detach(), self.tolerance):
                     raise Mismatch(f"after step {t} parameter {name} is another in the row than in the model itself")
             self.layout.check_bound(block.models[i], block.rows[i])
+        self._compare_models()
         return True
 
     def _coefficients(self) -> Tensor:
@@ -507,10 +513,10 @@ class _Rehearsing:
         return kept
 
     def _compare_models(self) -> None:
-        """Compares the buffers and the keys of the state_dict."""
+        """Compares buffers, frozen parameters, and the keys of the state_dict."""
         for i, model in enumerate(self.own):
-            of_row = dict(self.block.models[i].named_buffers())
-            for name, value in model.named_buffers():
+            of_row = constants(self.block.models[i], self.layout.names)
+            for name, value in constants(model, self.layout.names).items():
                 if name not in of_row or not _close(of_row[name], value, 100 * self.tolerance):
                     raise Mismatch(f"buffer {name} is another in a row than in the model itself")
             if set(self.block.models[i].state_dict()) != set(model.state_dict()):
@@ -545,7 +551,7 @@ class _Rehearsing:
         """Compares the figures on the first validation batch; of the rows' own parameters, in the models."""
         for model, of_row, row in zip(self.own, self.block.models, self.block.rows, strict=True):
             self._assume(model, row)
-            _restore(model, dict(of_row.named_buffers()))
+            _restore(model, constants(of_row, self.layout.names))
         tolerance = max(10 * self.tolerance, 1e-4)
         for i, evaluated in enumerate(self.block.evaluate("validation")):
             own = self.problem.evaluate(self.own[i], "validation")
@@ -676,10 +682,11 @@ def check_losses(losses: object, problem: Problem) -> None:
         raise ValueError("the losses do not depend on the model's parameters")
 
 
-def _restore(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    for name, buffer in model.named_buffers():
-        if name in buffers and buffer.shape == buffers[name].shape and not torch.equal(buffer, buffers[name]):
-            buffer.copy_(buffers[name])
+def _restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Gives buffers and frozen parameters of a model these values, where they are others."""
+    for name, value in _tensors(model):
+        if name in values and value.shape == values[name].shape and not torch.equal(value, values[name]):
+            value.data.copy_(values[name])
 
 
 def _copied(batch: Any) -> Any:

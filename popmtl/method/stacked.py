@@ -273,7 +273,7 @@ def _refuse_memory(block: Block, i: int, batch: Any) -> None:
     Raises:
         NotStackable: it remembers something, naming it.
     """
-    for name, parameter in block.models[i].named_parameters():
+    for name, parameter in block.models[0].named_parameters():  # the last one has hooks of the buckets
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise NotStackable(f"parameter {name} has hooks")
     model, trained = copied(block.models[i]), block.layout.names

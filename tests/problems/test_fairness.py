@@ -76,7 +76,7 @@ def test_aligned_mtl_ub_takes_the_gradients_of_the_logits(tmp_path):
     stage = FineTuning(block, AlignedRecipe(1, partial(torch.optim.SGD, lr=0.1), variant="ub"), np.zeros(2))
     batch = to_model(next(problem.batches(0)), block.rows)
     block.gradients.zero_()
-    found, aligned = stage.align_ub(1, batch, 0)
+    found, aligned = stage.align_ub(1, [batch], 0)
     model = block.models[1]
     torch.testing.assert_close(found, problem.losses(model, batch).detach())
     # No parameter is left out: the update is a combination of the two losses' gradients.
