@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from popmtl.distributed.placement import Nodes
     from popmtl.distributed.plan import RunPlan
+    from popmtl.runs.baseline import SingleTask
     from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -136,7 +137,7 @@ def train(options: argparse.Namespace) -> None:
             console.print(hint, highlight=False, soft_wrap=True)
 
 
-def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> dict[str, float]:
+def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> SingleTask:
     """Trains the single-task models of a run beside it, unless they are there; their figures.
 
     Args:
@@ -298,7 +299,7 @@ def front(options: argparse.Namespace) -> None:
 def pick(options: argparse.Namespace) -> None:
     """`popmtl pick`: chooses a model of a finished run, and exports it."""
     from popmtl.display import print_choice
-    from popmtl.runs.choice import choose, described, finished_front
+    from popmtl.runs.choice import choose, chosen_on_test, described, finished_front
     from popmtl.runs.export import export
     from popmtl.runs.files import to_json
     from popmtl.runs.folder import RunFolder
@@ -310,7 +311,7 @@ def pick(options: argparse.Namespace) -> None:
         found = finished_front(folder)
     choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
     member = choice.member.subproblem
-    warnings = []
+    warnings = [warning] if (warning := chosen_on_test(found)) else []
     if choice.dominated_by:
         others = ", ".join(str(other) for other in choice.dominated_by)
         warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from popmtl.runs.baseline import SINGLE_TASK
-from popmtl.runs.choice import in_words, knee_of
+from popmtl.runs.choice import chosen_on_test, figures_of, in_words, knee_of
 from popmtl.runs.comparison import Comparison
 from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
@@ -128,10 +128,14 @@ def print_warnings(console: Console, warnings: Sequence[str]) -> None:
 
 
 def print_front(console: Console, front: Front) -> None:
-    """The front as a table; dominated members are dim and have no star, the knee has a k."""
+    """The front as a table of figures on the test split, with marks of the split by which members are chosen.
+
+    Dominated members are dim and have no star, the knee has a k.
+    """
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
-    title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.hypervolume:.5g} at ({point})"
+    marks = f"{size} non-dominated on {front.chosen_on}" if front.chosen_on != "test" else f"{size} non-dominated"
+    title = f"Pareto front, test split: {marks}, hypervolume {front.hypervolume:.5g} at ({point})"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
     knee = knee_of(front)
@@ -150,8 +154,13 @@ def print_front(console: Console, front: Front) -> None:
             style=None if member.non_dominated else "dim",
         )
     console.print(table)
-    knee_mark = ", k knee: nearest to the best of all objectives at once" if knee else ""
-    console.print(f"* non-dominated{knee_mark}", style="dim", highlight=False)
+    knee_mark = ", k knee (nearest to the best of all objectives at once)" if knee else ""
+    split = f"on the {front.chosen_on} split, by which members are chosen"
+    console.print(f"* non-dominated{knee_mark}: {split}", style="dim", highlight=False, soft_wrap=True)
+    if front.chosen_on != "test":
+        console.print("figures: on the test split; front.csv has both", style="dim", highlight=False)
+    if warning := chosen_on_test(front):
+        print_warnings(console, [warning])
     for member in front.members:
         if member.lost:
             again = f", and {member.reseeds} new starts did not help" if member.reseeds else ""
@@ -161,17 +170,20 @@ def print_front(console: Console, front: Front) -> None:
 def print_choice(console: Console, choice: Mapping[str, Any]) -> None:
     """A chosen member, from `popmtl.runs.choice.described`, and the code that loads it."""
     by = in_words(choice["chosen"], list(choice["objectives"]))
-    line = f"model {choice['subproblem']} of {choice['location']}, by {by}"
+    line = f"model {choice['subproblem']} of {choice['location']}, by {by}, on the {choice['chosen_on']} split"
     console.print(line, style="bold", highlight=False, soft_wrap=True, markup=False)
+    splits = {split: figures for split, figures in figures_of(choice).items() if figures}
     table = _table()
-    for name in ("objective", "value", "weight"):
-        table.add_column(name, justify="left" if name == "objective" else "right")
-    for name, value in choice["objectives"].items():
-        table.add_row(name, f"{value:.6g}", f"{choice['weights'][name]:.3f}")
+    for name in ("figure", *splits, "weight"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for name in choice["objectives"]:
+        values = [f"{figures['objectives'][name]:.6g}" for figures in splits.values()]
+        table.add_row(name, *values, f"{choice['weights'][name]:.3f}")
+    for name in dict.fromkeys(name for figures in splits.values() for name in figures["metrics"]):
+        known = [figures["metrics"].get(name) for figures in splits.values()]
+        table.add_row(name, *("-" if value is None else f"{value:.6g}" for value in known))
     console.print(table)
-    facts = {**{name: f"{value:.6g}" for name, value in choice["metrics"].items()}, "stage": choice["stage"]}
-    width = max(len(name) for name in facts)
-    for line in [f"{name:{width}}  {fact}" for name, fact in facts.items()] + [f"{'file':{width}}  {choice['file']}"]:
+    for line in (f"stage  {choice['stage']}", f"file   {choice['file']}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in ("", *choice["load"]):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -181,6 +193,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     """The runs' figures as a table, and their coverage of each other as a matrix."""
     point = ", ".join(f"{x:.3g}" for x in comparison.reference_point)
     title = f"{len(comparison.names)} fronts, test split; hypervolume at ({point}), the worst of their reference points"
+    marks = "non-dominated and best: of the models that are so on the validation split; their figures are those on test"
+    if without := [name for name, split in zip(comparison.names, comparison.chosen_on, strict=True) if split == "test"]:
+        marks += f" ({', '.join(without)}: no validation figures, so on test)"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     table = _table()
     table.add_column("run", overflow="fold")
@@ -191,6 +206,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         size, volume, share = comparison.sizes[i], comparison.hypervolumes[i], comparison.shares[i]
         table.add_row(f"{i + 1} {name}", str(size), f"{volume:.5g}", _share(share), *best)
     console.print(table)
+    console.print(marks, style="dim", highlight=False, soft_wrap=True)
     console.print("share: of the models that no other run's dominates either", style="dim", highlight=False)
     table = _table()
     for name in ("coverage", *(f"of {i + 1}" for i in range(len(comparison.names)))):

@@ -385,7 +385,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     rows = list(csv.DictReader((run.pareto / "front.csv").open()))
     assert (run.pareto / "front.png").read_bytes().startswith(b"\x89PNG")
     for member, row in zip(front["members"], rows, strict=True):
-        assert [float(row["objective/f1"]), float(row["objective/f2"])] == member["objectives"]
+        assert [float(row["test/objective/f1"]), float(row["test/objective/f2"])] == member["objectives"]
         assert load_model(run.path, member["subproblem"])().shape == (10,)
         shown = [f"{x:.4g}" for x in member["objectives"]]
         assert any(all(figure in line for figure in shown) for line in out.splitlines()), out

@@ -33,15 +33,15 @@ from popmtl.method.course import Course, Observation
 from popmtl.method.delta_m import delta_m
 from popmtl.method.fine_tuning import STABILITY, FineTuned
 from popmtl.method.front import hypervolume, non_dominated
-from popmtl.method.population import objective_matrix
-from popmtl.method.problem import Direction, Evaluation
+from popmtl.method.population import metric_columns, objective_matrix
+from popmtl.method.problem import Direction, Evaluation, Split
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.runs import proof
 from popmtl.runs.baseline import DELTA_M
 from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, discard, files_of, keep_last, set_aside
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
-from popmtl.runs.front import Front, Member
+from popmtl.runs.front import Figures, Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
@@ -80,6 +80,7 @@ class Coordinator:
         self.generation, self.was_ready = 0, False
         self.meeting: str | None = None
         self.pending: tuple[str, dict[str, Any]] | None = None
+        self.seen: tuple[int, list[Evaluation]] | None = None
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
         self.started: Crew | None = None
@@ -209,7 +210,7 @@ class Coordinator:
 
         # The actors read the contents, once, and say if they are damaged.
         found = await asyncio.to_thread(find_checkpoint, self.folder, self.plan, complain, contents=False)
-        self.course, self.resumption, self.pending = self._new_course(), None, None
+        self.course, self.resumption, self.pending, self.seen = self._new_course(), None, None, None
         step = -1
         if found:
             name, record = found
@@ -421,16 +422,19 @@ class Coordinator:
         return state
 
     async def _observe(self) -> None:
-        self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
+        evaluations = await self._evaluations("validation")
+        self.seen = self.course.step, evaluations
+        self._record("mtgd", self.course.observe(objective_matrix(evaluations), metric_columns(evaluations)))
 
     def _record(self, stage: str, seen: Observation, more: Mapping[str, Any] | None = None) -> None:
         """Writes an evaluation on the validation split to the run folder and to MLflow."""
         self.now = replace(self.now, hypervolume=seen.hypervolume)
         self.metrics.tell(HYPERVOLUME, seen.hypervolume)
         record = {"stage": stage, "step": seen.step, "hypervolume": seen.hypervolume, "front_size": seen.front_size}
-        self.folder.append_metrics({**record, "validation": seen.F.tolist(), **(more or {})})
+        figures = {"validation": seen.F.tolist(), "metrics": seen.metrics}
+        self.folder.append_metrics({**record, **figures, **(more or {})})
         if self.sink:
-            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F)
+            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F, seen.metrics)
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
@@ -457,7 +461,8 @@ class Coordinator:
             "scalarized_after": [one.after for one in fine_tuned],
         }
         stability = {name: [getattr(one, name) for one in fine_tuned] for name in STABILITY}
-        seen = self.course.measure(objective_matrix([one.evaluation for one in fine_tuned]), trained + total)
+        evaluations = [one.evaluation for one in fine_tuned]
+        seen = self.course.measure(objective_matrix(evaluations), trained + total, metric_columns(evaluations))
         self._record("aligned_mtl", seen, {**figures, **stability, "kept": [one.kept for one in fine_tuned]})
         if self.sink:
             named = {f"aligned_mtl/{name}": values for name, values in figures.items()}
@@ -469,6 +474,7 @@ class Coordinator:
         await self._commit(wait=True)
         plan = self.plan
         evaluations = await self._evaluations("test")
+        validation = await self._final_validation(fine_tuned)
         lost = self.course.out
         for subproblem in range(len(plan.W)):
             if subproblem not in lost:
@@ -477,18 +483,12 @@ class Coordinator:
                 await asyncio.to_thread(write_model, self.folder, subproblem, tensors)
         F = objective_matrix(evaluations)
         metrics = dict(plan.metrics)
-        figures = [dict(evaluation.metrics) for evaluation in evaluations]
         if plan.reference:
-            directions: dict[str, Direction] = {**dict.fromkeys(plan.objectives, "lower"), **plan.metrics}
             metrics |= dict.fromkeys(DELTA_M, "lower")
-            for found, objectives in zip(figures, F.tolist(), strict=True):
-                every = dict(zip(plan.objectives, objectives, strict=True)) | found
-                found |= zip(DELTA_M, delta_m(every, plan.reference, directions, plan.tasks), strict=True)
         if fine_tuned:
             metrics |= STABILITY_METRICS
-            for found, one in zip(figures, fine_tuned, strict=True):
-                medians = [getattr(one, name) for name in STABILITY]
-                found |= zip(STABILITY_METRICS, [math.nan if x is None else x for x in medians], strict=True)
+        figures = self._figures("test", evaluations, fine_tuned)
+        validated = self._figures("validation", validation, fine_tuned)
         assert self.course.reference_point is not None
         front = Front(
             objectives=list(plan.objectives),
@@ -501,22 +501,50 @@ class Coordinator:
                     subproblem=i,
                     weights=plan.W[i].tolist(),
                     objectives=F[i].tolist(),
-                    metrics=figures[i],
+                    metrics=figures[i].metrics,
                     stage="aligned_mtl" if fine_tuned and fine_tuned[i].kept else "mtgd",
                     non_dominated=bool(best),
                     model=None if i in lost else model_file(i),
                     reseeds=self.course.reseeds[i],
                     lost=lost[i].why if i in lost else None,
+                    validation=validated[i],
                 )
-                for i, best in enumerate(non_dominated(F))
+                for i, best in enumerate(non_dominated(objective_matrix(validation)))
             ],
             metrics=metrics,
-            baseline=plan.reference or {},
+            baseline=(plan.reference or {}).get("test", {}),
         )
         await asyncio.to_thread(write_front, self.folder, front)
         if self.sink:
             self.sink.log_front(front, plan.config.tracking.models)
         return Report(front, fine_tuned, None, ())
+
+    async def _final_validation(self, fine_tuned: Sequence[FineTuned]) -> list[Evaluation]:
+        """The models that the run ends with on the validation split, evaluated again only if nobody has yet."""
+        if fine_tuned:
+            return [one.evaluation for one in fine_tuned]
+        if self.seen and self.seen[0] == self.course.step:
+            return self.seen[1]
+        return await self._evaluations("validation")
+
+    def _figures(
+        self, split: Split, evaluations: Sequence[Evaluation], fine_tuned: Sequence[FineTuned]
+    ) -> list[Figures]:
+        """The members' figures on a split, with Δm and the medians of the Aligned-MTL stage, where there are any."""
+        plan = self.plan
+        reference = (plan.reference or {}).get(split)
+        directions: dict[str, Direction] = {**dict.fromkeys(plan.objectives, "lower"), **plan.metrics}
+        found = []
+        for i, evaluation in enumerate(evaluations):
+            objectives, metrics = evaluation.objectives.tolist(), dict(evaluation.metrics)
+            if reference:
+                every = dict(zip(plan.objectives, objectives, strict=True)) | metrics
+                metrics |= zip(DELTA_M, delta_m(every, reference, directions, plan.tasks), strict=True)
+            if fine_tuned:
+                medians = [getattr(fine_tuned[i], name) for name in STABILITY]
+                metrics |= zip(STABILITY_METRICS, [math.nan if x is None else x for x in medians], strict=True)
+            found.append(Figures(objectives, metrics))
+        return found
 
     async def _end(self, status: Status, timeout: float | None = None) -> list[str]:
         """Lets go of the actors and closes MLflow's runs; what could not be logged."""

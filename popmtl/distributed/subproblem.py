@@ -29,7 +29,7 @@ from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
-from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
+from popmtl.method.snapshot import RowState, play_again, put, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
 from popmtl.runs import proof
@@ -136,18 +136,17 @@ class SubproblemActor:
         files = {file.name: file for file in resumption.files}
         mine = [files[subproblem_file(i)] for i in block.subproblems]
         states = [RowState(*read_tensors(self.folder, resumption.checkpoint, file)) for file in mine]
-        play_again(block, resumption.step)
+        play_again(block, states[0].numbers["drawn"])
         if resumption.fine_tuned is None:
-            step_schedules(block.buckets, resumption.step)
-            put(block, block.buckets, states)
+            put(block, block.optimizers, states)
         else:
             assert self.aligned is not None  # the same config that wrote it
-            self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, (resumption.fine_tuned, states))
+            self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, states)
 
     def checkpoint(self, name: str) -> None:
         """Copies all that the rows need to go on, and writes it to a checkpoint while the next steps are taken."""
         block = self.block
-        states = self.fine_tuning.snapshot() if self.fine_tuning else take(block, block.buckets)
+        states = self.fine_tuning.snapshot() if self.fine_tuning else take(block, block.optimizers)
 
         def write() -> list[WrittenFile]:
             return [

@@ -7,7 +7,7 @@ so that they take the same decisions at the same steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,16 @@ REFERENCE_MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Observation:
-    """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count."""
+    """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count.
+
+    `metrics` are the problem's, N values each by name; an observation that comes from a checkpoint has none.
+    """
 
     step: int
     F: Matrix
     hypervolume: float
     front_size: int
+    metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Course:
@@ -65,8 +69,10 @@ class Course:
         self.ideal: Matrix | None = None if ideal_point is None else np.asarray(ideal_point, dtype=np.float64)
         self.reference_point = None if reference_point is None else np.asarray(reference_point, dtype=np.float64)
 
-    def observe(self, F: Matrix) -> Observation:
+    def observe(self, F: Matrix, metrics: Mapping[str, Sequence[float]] | None = None) -> Observation:
         """Records the objective values F, shape (N, m), of the current step; a tracked ideal point follows.
+
+        Metrics, N values each by name, are kept beside them.
 
         Rows that are not finite count for nothing.
 
@@ -82,7 +88,7 @@ class Course:
         if self.tracks_ideal:
             least = finite.min(0)
             self.ideal = least if self.ideal is None else np.minimum(self.ideal, least)
-        self.history.append(self.measure(F, self.step))
+        self.history.append(self.measure(F, self.step, metrics))
         return self.history[-1]
 
     def leave(self, departures: Sequence[Departure]) -> None:
@@ -108,11 +114,11 @@ class Course:
             self.reseeds[i] += 1
         return [reseeding(self.M, self.W, i, present) for i in again]
 
-    def measure(self, F: Matrix, step: int) -> Observation:
+    def measure(self, F: Matrix, step: int, metrics: Mapping[str, Sequence[float]] | None = None) -> Observation:
         """The objective values F, shape (N, m), of a step, measured from the run's reference point."""
         if self.reference_point is None:
             raise ValueError("the population must be observed once, to have a reference point")
-        return Observation(step, F, hypervolume(F, self.reference_point), int(non_dominated(F).sum()))
+        return Observation(step, F, hypervolume(F, self.reference_point), int(non_dominated(F).sum()), metrics or {})
 
     def state(self) -> dict[str, Any]:
         """Where the course stands, as JSON can hold it."""

@@ -216,6 +216,10 @@ class Sender:
         figures = [("hypervolume", entry["hypervolume"], step), ("front/size", entry["front_size"], step)]
         self._collect(self._parent(), entry, figures)
         self._log_curves("val/loss", self._objectives, {**entry, "steps": [step], "values": [entry["losses"]]})
+        for i, run_id in self._members():
+            # A metric may be undefined where nothing diverged.
+            values = [(f"val/metric/{name}", of[i], step) for name, of in entry.get("metrics", {}).items()]
+            self._collect(run_id, entry, [figure for figure in values if figure[1] is not None])
 
     def _log_curves(self, prefix: str, names: Sequence[str], entry: Entry) -> None:
         """Points of the members' curves: an entry's values, shape (T, N, names), at T steps."""
@@ -251,10 +255,14 @@ class Sender:
         client.set_tag(run_id, "popmtl.stage", entry["stage"])
         if entry["lost"]:
             client.set_tag(run_id, "popmtl.lost", entry["lost"])
-        figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
-        # A metric may be undefined where nothing diverged, as is a Δm from 0.
-        metrics = {key: value for key, value in entry["metrics"].items() if value is not None}
-        points = [(key, value, step) for key, value in {**figures, **metrics}.items()]
+        figures: dict[str, float | None] = {}
+        splits = {"": entry, "validation/": entry.get("validation")}
+        for prefix, split in ((prefix, split) for prefix, split in splits.items() if split):
+            names = (f"{prefix}objective/{name}" for name in self._objectives)
+            figures |= zip(names, split["objectives"], strict=True)
+            # A metric may be undefined where nothing diverged, as is a Δm from 0.
+            figures |= {f"{prefix}{name}": value for name, value in split["metrics"].items() if value is not None}
+        points = [(key, value, step) for key, value in figures.items()]
         self._log(run_id, entry, points)
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:

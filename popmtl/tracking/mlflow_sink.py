@@ -6,8 +6,9 @@
        │                      artifacts: config.yaml, pareto/{explorer.html,front.json,front.csv,front.png}
        │                      model "front", which chooses; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
-                              metrics: train/loss/<objective>, val/loss/<objective>, aligned_mtl/<measure>, at the
-                              end objective/<objective> and the problem's own
+                              metrics: train/loss/<objective>, val/loss/<objective>, val/metric/<metric>,
+                              aligned_mtl/<measure>; at the end, of the test split, objective/<objective> and <metric>,
+                              and of the validation split the same below validation/
                               model "member-000", artifact model/model.safetensors
 
 Every call adds an entry to a journal in the run folder (`outbox`), and one thread sends the journal (`mlflow_sender`):
@@ -166,7 +167,14 @@ class MlflowSink:
             return None
         return Location(self.uri, sent.experiment_id, sent.parent)
 
-    def log_evaluation(self, step: int, hypervolume: float, front_size: int, validation: ArrayLike) -> None:
+    def log_evaluation(
+        self,
+        step: int,
+        hypervolume: float,
+        front_size: int,
+        validation: ArrayLike,
+        metrics: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         """Logs an evaluation of the whole population; one of a step that is logged already is left out.
 
         Args:
@@ -174,10 +182,11 @@ class MlflowSink:
             hypervolume: of the validation losses.
             front_size: how many members are non-dominated.
             validation: validation losses, shape (N, m).
+            metrics: of the problem on the validation split by name, N values each.
         """
         losses = np.asarray(validation, dtype=np.float64)
         content = {"step": step, "hypervolume": hypervolume, "front_size": front_size, "losses": losses}
-        self._outbox.add("evaluation", content, f"evaluation {step}")
+        self._outbox.add("evaluation", {**content, "metrics": metrics or {}}, f"evaluation {step}")
 
     def log_training_losses(self, steps: ArrayLike, losses: ArrayLike) -> None:
         """Logs the losses of consecutive training steps, averaged so that a run has some hundred points a curve.

@@ -454,7 +454,7 @@ class Lately(Animal):
         return self.Net()
 
 
-@kind("a cache that grows with the input", loop="", depends=False)
+@kind("a cache that grows with the input", loop="?", depends=False)
 @kind("a buffer that depends on the longest input", "either", "places|buffer|grow|shape|longest", "?", depends=True)
 class Grows(Animal):
     class Net(nn.Module):
