@@ -35,13 +35,13 @@ from popmtl.method.mtgd import Block
 
 W = np.array([[0.2, 0.8], [0.55, 0.45], [0.9, 0.1]])
 M = np.array([[0.7, 0.2, 0.1], [0.25, 0.65, 0.1], [0.05, 0.35, 0.6]])
-STEPS, EVERY, SEED = 6, 3, 5
-SIGMA = np.array([1.0, 0.75, 0.5, 0.25, 0.25, 0.25])
-"""Linear from 1 to a final 0.25, over 60 % of the steps: until step 3."""
-TRANSFER = {"schedule": "linear", "final": 0.25, "until": 0.6}
+STEPS, EVERY, SEED = 5, 3, 5
+SIGMA = np.array([1.0, 0.6, 0.2, 0.2, 0.2])
+"""Linear from 1 to a final 0.2, over half of the steps: until step 2."""
+TRANSFER = {"schedule": "linear", "final": 0.2, "until": 0.5}
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
-"""Of a difference, relative to the largest entry. In float32, six steps amplify rounding (6e-8) to less than this."""
+"""Of a difference, relative to the largest entry. In float32, five steps amplify rounding (6e-8) to less than this."""
 
 EXECUTIONS = ("loop", "stacked")
 ORDERS = ("consensus", "adapt_then_combine")
@@ -220,15 +220,15 @@ def verdict(kind, optimizer, order, execution, recipe, dtype=torch.float64):
     """
     trained = plain(kind.name, optimizer, order, recipe, dtype)
     ours = popmtl(kind, optimizer, order, execution, recipe, dtype)
-    if isinstance(trained, Exception):
-        assert ours.refused, f"plain torch refuses: {trained}; and the plan does not"
-        return f"refused: {ours.refused}"
     if ours.refused:
-        assert kind.expects != "right", f"refused: {ours.refused}"
-        assert re.search(kind.refusal, without_names(ours.refused, kind), re.IGNORECASE), (
-            f"refused without {kind.refusal!r}: {ours.refused}"
+        plain_refuses = isinstance(trained, Exception)
+        assert kind.expects != "right" or plain_refuses, f"refused: {ours.refused}"
+        words = "|".join(filter(None, [kind.refusal, optimizer if plain_refuses and kind.expects != "refused" else ""]))
+        assert re.search(words, without_names(ours.refused, kind), re.IGNORECASE), (
+            f"refused without {words!r}: {ours.refused}"
         )
         return f"refused: {ours.refused}"
+    assert not isinstance(trained, Exception), f"plain torch refuses: {trained}; and the plan does not"
     assert kind.expects != "refused", f"trained, where the plan should refuse it ({kind.refusal})"
     (what, worst), *_ = differences(ours, trained, dtype)
     assert worst <= TOLERANCE[dtype], f"{what}: {worst:.1e} off plain torch; {ours.execution}"

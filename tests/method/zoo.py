@@ -454,24 +454,32 @@ class Lately(Animal):
         return self.Net()
 
 
-@kind("a buffer that grows with the input", loop="?")
+@kind("a cache that grows with the input", loop="?", depends=False)
+@kind("a buffer that depends on the longest input", "either", "places|buffer|grow|shape|longest", "?", depends=True)
 class Grows(Animal):
     class Net(nn.Module):
-        def __init__(self):
+        def __init__(self, depends):
             super().__init__()
-            self.body = mlp()
-            self.register_buffer("places", torch.linspace(0, 1, 8))
+            self.body, self.depends = mlp(), depends
+            self.register_buffer("places", self.made(8))
+
+        def made(self, length):
+            return torch.linspace(0, 1, length) if self.depends else torch.arange(length) / 8
 
         def forward(self, x):
             if len(x) > len(self.places):
-                self.places = torch.linspace(0, 1, len(x), dtype=x.dtype)
+                self.places = self.made(len(x)).to(x.dtype)
             return self.body(x) * self.places[: len(x), None]
 
+    def __init__(self, depends):
+        self.depends = depends
+
     def model(self):
-        return self.Net()
+        return self.Net(self.depends)
 
     def batch(self, generator, count):
-        return self.examples(7 + count % 4, generator)
+        # What depends on the longest input first grows at a later batch than the first.
+        return self.examples(7 + (count + 2 * (not self.depends)) % 4, generator)
 
 
 @kind("a queue of past features with an int pointer", loop="buffer")
@@ -623,7 +631,7 @@ class Mixup(Animal):
 # --- modules with a life of their own ---
 
 
-@kind("a Python counter that forward changes and reads", loop="")
+@kind("a Python counter that forward changes and reads", "either", "calls|keeps|read back|changes itself", "")
 class PythonCounter(Animal):
     class Net(nn.Module):
         def __init__(self):
@@ -738,7 +746,7 @@ class Locked(Animal):
         return self.Net()
 
 
-@kind("noise of a generator of its own", "either", "cop|generator|pickle|random", "")
+@kind("noise of a generator of its own", "either", "cop|generator|pickle|random|read back", "")
 class OwnGenerator(Animal):
     class Net(nn.Module):
         def __init__(self):
