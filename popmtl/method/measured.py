@@ -71,6 +71,14 @@ class Measured:
         return _number(name, whole.compute())
 
 
+def to_device(problem: object, device: torch.device) -> None:
+    """Moves the metric objects that a problem keeps, alone or in a dict, to the device of the batches to come."""
+    for value in vars(problem).values():
+        for kept in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(kept, torch.nn.Module) and _is_metric(kept):
+                kept.to(device)
+
+
 def check_names(declared: Iterable[str], returned: Iterable[str]) -> None:
     """Checks that `measure` returns what `metrics` declares.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from popmtl.method.measured import Measured
+from popmtl.method.measured import Measured, to_device
 
 Split = Literal["validation", "test"]
 Direction = Literal["higher", "lower"]
@@ -88,7 +88,8 @@ class Problem(ABC):
         - A number, or a tensor of one element: it averages over the batches of a split, weighted by `size`. NaN does
           not count, as where a class is absent from the batch.
         - A metric object of torchmetrics, updated with the batch: a new one for each batch, or one that the problem
-          keeps and updates. Its value over the split must be one number. It is reset afterwards.
+          keeps, as an attribute or in a dict, and updates. Its value over the split must be one number. It comes on
+          the model's device, and is reset afterwards.
         """
         return {}
 
@@ -148,6 +149,7 @@ class Problem(ABC):
         """
         reference = next(model.parameters())
         weights = Weights(self)
+        to_device(self, reference.device)
         objectives = torch.zeros(len(self.objectives), dtype=torch.float64)
         with evaluating(model), Measured(self.metrics) as measured:
             for batch in self.evaluation_batches(split):

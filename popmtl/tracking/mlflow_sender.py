@@ -251,7 +251,8 @@ class Sender:
     def _log_member(self, entry: Entry) -> None:
         i, step = entry["subproblem"], entry["step"]
         run_id, client = self._sent.members[str(i)], self._client()
-        client.set_tag(run_id, "popmtl.nondominated", str(entry["non_dominated"]).lower())
+        for key, value in _standing(entry).items():
+            client.set_tag(run_id, key, value)
         client.set_tag(run_id, "popmtl.stage", entry["stage"])
         if entry["lost"]:
             client.set_tag(run_id, "popmtl.lost", entry["lost"])
@@ -288,7 +289,7 @@ class Sender:
                 name=_member_name(i),
                 step=entry["step"],
                 save=partial(self._models.save_member, i),
-                tags={"popmtl.nondominated": str(entry["non_dominated"]).lower()},
+                tags=_standing(entry),
                 params=self._member_params(i, entry["weights"]),
                 kind="pareto-member",
             )
@@ -486,6 +487,12 @@ def _cut(value: str, length: int) -> str:
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _standing(member: Entry) -> dict[str, str]:
+    """The tags that say whether a member is non-dominated, and on which split."""
+    split = "validation" if member.get("validation") else "test"
+    return {"popmtl.nondominated": str(member["non_dominated"]).lower(), "popmtl.chosen_on": split}
 
 
 def _member_name(subproblem: int) -> str:

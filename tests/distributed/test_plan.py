@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import toy_problems
 from toy_problems import config
 
 from popmtl.config import Config
@@ -195,3 +197,35 @@ def test_a_plan_on_fewer_actors_gives_each_what_it_had_and_takes_the_transport_f
     alone = replan(made, plan(config(1)).placement)
     assert (alone.transport.name, alone.placement.rows) == ("local", (range(4),))
     assert alone.identity == made.identity
+
+
+def test_what_the_held_out_batches_and_measure_must_not_be_is_refused_before_training(monkeypatch):
+    def refusal(**attributes):
+        with monkeypatch.context() as patch:
+            for name, value in attributes.items():
+                patch.setattr(toy_problems.NoisyRegression, name, value)
+            with pytest.raises(RequestError) as refused:
+                plan(config(1))
+        return str(refused.value)
+
+    about = "problem toy_problems:NoisyRegression: "
+    assert refusal(metrics={"accuracy": "higher", "error": "lower"}) == (
+        about + "measure does not return accuracy, which metrics declares"
+    )
+    assert refusal(metrics={}).startswith(about + "measure returns error, which metrics does not declare")
+
+    def loaders(sizes, split):
+        """Two arrays with other lengths, and the last batch of a split with others yet."""
+
+        def batches(self, asked):
+            rows = sizes if asked == split else sizes[:1] * 3
+            return [{"x": torch.ones(n, 6), "y": (torch.ones(n), torch.ones(n)), "other": torch.ones(3)} for n in rows]
+
+        return batches
+
+    for split in ("validation", "test"):
+        assert refusal(evaluation_batches=loaders([8, 8, 4], split)).startswith(
+            about + "the first dimensions of an evaluation batch differ (3, 8); define size(batch): how many examples"
+        )
+    monkeypatch.setattr(toy_problems.NoisyRegression, "evaluation_batches", loaders([8, 8, 8], "test"))
+    assert plan(config(1)).metrics == {"error": "lower"}

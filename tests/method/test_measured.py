@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score, jaccard_score, mean_squared_error, roc_auc
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from popmtl.method.measured import to_device
 from popmtl.method.problem import Problem
 
 torchmetrics = pytest.importorskip("torchmetrics")
@@ -220,6 +221,17 @@ def test_states_that_average_are_put_together_and_wrappers_refused():
     assert evaluate(lambda i: {"m": updated(composed, torch.tensor([1.0 + i]))})["m"] == 3
     with pytest.raises(ValueError, match="CompositionalMetric cannot be put together"):
         evaluate(lambda i: {"m": updated(MaxMetric() + MinMetric(), torch.tensor([1.0]))})
+
+
+def test_kept_objects_come_on_the_models_device():
+    for kept in (False, True):
+        problem = Classify(kept)
+        problem.one, problem.model_of_another_kind = MaxMetric(), nn.Linear(1, 1)
+        to_device(problem, torch.device("meta"))
+        assert problem.one.max_value.is_meta
+        assert not problem.model_of_another_kind.weight.is_meta
+        if kept:
+            assert problem.kept["f1"].tp.is_meta
 
 
 def test_objects_are_reset_when_the_evaluation_fails():

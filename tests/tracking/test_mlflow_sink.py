@@ -116,6 +116,7 @@ def test_member_runs(logged):
     assert [run.info.status for run in logged.children] == ["FINISHED"] * 3
     assert [run.data.tags["popmtl.kind"] for run in logged.children] == ["member"] * 3
     assert [run.data.tags["popmtl.nondominated"] for run in logged.children] == ["true", "true", "false"]
+    assert {run.data.tags["popmtl.chosen_on"] for run in logged.children} == {"validation"}
     assert logged.children[0].data.params == {"subproblem": "0", "w/left": "0.1", "w/right digit": "0.9"}
     assert history(logged, logged.children[1], "val/loss/left") == [(350, 0.7), (700, 0.6)]
     assert history(logged, logged.children[1], "val/metric/accuracy") == [(700, 0.6)]
