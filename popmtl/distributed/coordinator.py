@@ -305,12 +305,28 @@ class Coordinator:
         arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self.crew.all("setup", *arguments, limit="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
+        if not self.resumption:
+            self._start_alike(await self.crew.all("start"))
         if self.profile:
             await crew.one(0, "trace", self.profile)
         self.was_ready = True
         self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
+
+    def _start_alike(self, starts: Sequence[Mapping[str, tuple[float, float]]]) -> None:
+        """Makes sure that all actors have built the same initial model, but for rounding on other processors.
+
+        Raises:
+            RunError: two have not, naming the parameter.
+        """
+        for rank, start in enumerate(starts):
+            for name, (total, norm) in starts[0].items():
+                if not np.allclose(start[name], (total, norm), rtol=1e-3, atol=1e-3 * abs(norm), equal_nan=True):
+                    raise RunError(
+                        f"model() starts differently in actors 0 and {rank}, in {name}: all members must start alike; "
+                        "draw initial values from torch, numpy or random, which are seeded, and not by a set's order"
+                    )
 
     async def _prove_storage(self) -> None:
         """Has every actor show that what it writes is read here, and what is written here is read there."""
@@ -431,10 +447,13 @@ class Coordinator:
         self.now = replace(self.now, hypervolume=seen.hypervolume)
         self.metrics.tell(HYPERVOLUME, seen.hypervolume)
         record = {"stage": stage, "step": seen.step, "hypervolume": seen.hypervolume, "front_size": seen.front_size}
-        figures = {"validation": seen.F.tolist(), "metrics": seen.metrics}
+        curves = self.course.means.take()
+        figures = {"validation": seen.F.tolist(), "metrics": seen.metrics, "curves": curves}
         self.folder.append_metrics({**record, **figures, **(more or {})})
         if self.sink:
             self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F, seen.metrics)
+            if curves:
+                self.sink.log_member_figures(seen.step, {f"train/{name}": means for name, means in curves.items()})
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
@@ -583,6 +602,8 @@ class Coordinator:
 
     def _took(self, step: int, start: float, steps: Sequence[Steps], first: int, resumed: int) -> None:
         losses = np.concatenate([taken.losses for taken in steps], axis=1)
+        for rows, taken in zip(self.plan.placement.rows, steps, strict=True):
+            self.course.means.add(rows, taken.curves)
         if steps[0].traced:
             self._profiled(steps[0].traced)
         for departed in (departed for taken in steps for departed in taken.departures):

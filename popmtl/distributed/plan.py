@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,12 +203,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         raise RequestError(
             f"problem {config.problem.name}: needs two or more objectives of different names: {objectives}"
         )
-    for name in (*objectives, *problem.metrics):
-        if not NAME.fullmatch(name):
-            raise RequestError(
-                f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives and metrics have "
-                "letters, digits, spaces and _-.:/ only"
-            )
+    _check_names(config, (*objectives, *problem.metrics))
     for task, names in problem.tasks.items():
         if task not in objectives or not set(names) <= set(problem.metrics):
             raise RequestError(
@@ -252,6 +247,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         )
     stack = config.train.execution != "loop" and not recipe.gradient
     rehearsal = check_problem(config.problem.name, problem, W, recipe, aligned, stack=stack)
+    _check_names(config, rehearsal.scalars)
     if recipe.mix_moments and not entrywise(recipe.optimizer):
         raise RequestError(
             f"transfer.mix_moments: {config.train.optimizer.name} does not keep a moment of each entry; take another "
@@ -357,6 +353,15 @@ def _with_batches(problem: Problem, count: int) -> Problem:
         lambda split: list(itertools.islice(problem.evaluation_batches(split), count))
     )
     return glance
+
+
+def _check_names(config: Config, names: Iterable[str]) -> None:
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise RequestError(
+                f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives, metrics and scalars "
+                "have letters, digits, spaces and _-.:/ only"
+            )
 
 
 def _weights(config: Config, objectives: int) -> Matrix:

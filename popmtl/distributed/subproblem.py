@@ -25,6 +25,7 @@ from popmtl.distributed.mixing.timed import Timed
 from popmtl.distributed.placement import describe_actor
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.profile import Profile
+from popmtl.method.curves import Sums
 from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
@@ -47,6 +48,7 @@ class Steps:
         seconds: that they took.
         waited: of these, waiting for the transfer; see `Timed`.
         departures: of rows that left in them.
+        curves: what else they told of themselves, see `Curves.take`.
         traced: what has become of the trace that they were to be in; None if there is none, or not yet.
     """
 
@@ -54,6 +56,7 @@ class Steps:
     seconds: float
     waited: float
     departures: Sequence[Departure]
+    curves: Sums
     stability: NDArray[np.float64] | None = None
     traced: str | None = None
 
@@ -143,6 +146,11 @@ class SubproblemActor:
             assert self.aligned is not None  # the same config that wrote it
             self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, states)
 
+    def start(self) -> dict[str, tuple[float, float]]:
+        """Sum and norm of each parameter of the first row, which all actors begin with alike."""
+        views = self.block.layout.views(self.block.rows[0])
+        return {name: (float(view.double().sum()), float(view.double().norm())) for name, view in views.items()}
+
     def checkpoint(self, name: str) -> None:
         """Copies all that the rows need to go on, and writes it to a checkpoint while the next steps are taken."""
         block = self.block
@@ -211,7 +219,8 @@ class SubproblemActor:
         traced = self.profile.outcome if self.profile else None
         if traced:
             self.profile = None
-        return Steps(losses, seconds, waited, self.block.take_departures(), stability, traced)
+        curves = self.block.take_curves(self.fine_tuning.optimizers if self.fine_tuning else None)
+        return Steps(losses, seconds, waited, self.block.take_departures(), curves, stability, traced)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
         """The rows' objective values and metrics."""

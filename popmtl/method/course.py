@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from popmtl.method.curves import Means
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.method.mtgd import Chunk, Departure
 from popmtl.method.reseeding import MAX_RESEEDS, Reseeding, reseeding
@@ -47,6 +48,7 @@ class Course:
         history: every observation.
         out: the rows that are out of the population, and how they left.
         reseeds: how often each row was re-seeded.
+        means: of what the steps since the last evaluation told of themselves.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Course:
         self.max_reseeds = max_reseeds
         self.out: dict[int, Departure] = {}
         self.reseeds = [0] * len(W)
+        self.means = Means(len(W))
         self.step = 0
         self.history: list[Observation] = []
         self.tracks_ideal = ideal_point is None
@@ -129,6 +132,7 @@ class Course:
             "history": [{"step": seen.step, "F": seen.F.tolist()} for seen in self.history],
             "out": [asdict(departed) for departed in self.out.values()],
             "reseeds": list(self.reseeds),
+            "curves": self.means.sums,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -141,6 +145,7 @@ class Course:
         self.history = [self.measure(F, step) for step, F in seen]
         self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
         self.reseeds = list(state["reseeds"])
+        self.means.sums = {n: [(total, count) for total, count in sums] for n, sums in state["curves"].items()}
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
         """The steps up to the next evaluation, or `longest` of them; None when the run's steps are done."""

@@ -46,7 +46,7 @@ class Curves:
             total[rows] += value
             count[rows] += 1
 
-    def take(self, rates: Sequence[float]) -> dict[str, list[tuple[float, float]]]:
+    def take(self, rates: Sequence[float]) -> Sums:
         """For each curve the sum and count of every row since the last call; nothing if no step was taken.
 
         Args:

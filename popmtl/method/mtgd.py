@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from popmtl.method.buckets import Arrivals, Bucket, make_buckets
 from popmtl.method.compiled import Compiled
-from popmtl.method.curves import Curves
+from popmtl.method.curves import Curves, Sums
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows, Rows
 from popmtl.method.gradients import GradientMethod, find_shared, task_gradients
@@ -512,9 +512,9 @@ class Block:
         departures, self.departures = self.departures, []
         return departures
 
-    def take_curves(self) -> dict[str, Any]:
-        """What the steps since the last call told of themselves, as sums; see `Curves.take`."""
-        return self.curves.take([self.optimizers.rate(i) for i in range(len(self.models))])
+    def take_curves(self, optimizers: Optimizers | None = None) -> Sums:
+        """What the steps since the last call, by these optimizers or the block's, told of themselves; see `Curves`."""
+        return self.curves.take([(optimizers or self.optimizers).rate(i) for i in range(len(self.models))])
 
     def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
         """Row i is in again: parameters and buffers as given, by name, its optimizer without memory."""

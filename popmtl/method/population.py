@@ -88,6 +88,7 @@ def train_population(
     observe()
     while chunk := course.next_chunk():
         block.run(chunk)
+        course.means.add(block.subproblems, block.take_curves())
         course.leave(block.take_departures())
         if course.advance(chunk):
             for start in course.reseedings():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from popmtl.method.aligned_mtl import align
 from popmtl.method.buckets import leaves_parameters_alone
+from popmtl.method.curves import GRADIENT_NORM, LEARNING_RATE
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.flat import Layout
 from popmtl.method.gradients import find_shared, gradients_of
@@ -72,6 +73,7 @@ class Rehearsal:
         replication: how the models of rows can be made.
         generators: "torch", and which other global random generators that draws or losses use.
         stepping: over whole rows, or over the models' own parameters.
+        scalars: names of what `losses` reports beside the losses.
         unreached: parameters that got no gradient in any step; they stay as they are.
         shared: names of the parameters that Aligned-MTL aligns; None where nothing asks for them.
         leaves_alone: whether adapt_then_combine may send a parameter while the backward pass goes on.
@@ -86,6 +88,7 @@ class Rehearsal:
     replication: Replication
     generators: tuple[str, ...]
     stepping: Stepping
+    scalars: tuple[str, ...]
     unreached: tuple[str, ...]
     shared: tuple[str, ...] | None
     leaves_alone: bool
@@ -277,6 +280,7 @@ class _Rehearsing:
         self.stepping = self.block.optimizers.stepping
         self.draws: list[list[Draw]] = [[] for _ in self.rows]
         self.used: set[str] = set()
+        self.scalars: set[str] = set()
         self.reached: set[str] = set()
         self._record(self.block)
 
@@ -351,6 +355,7 @@ class _Rehearsing:
             replication=self.recipe.replication,
             generators=("torch", *sorted(self.used)),
             stepping=self.stepping,
+            scalars=tuple(sorted(self.scalars)),
             unreached=tuple(unreached),
             shared=self.recipe.shared,
             leaves_alone=alone,
@@ -435,7 +440,8 @@ class _Rehearsing:
         for batch, states in self.draws[i]:
             _set_random_states(states)
             with self.block.autocast():
-                f, _ = parted(self.problem.losses(model, batch))
+                f, scalars = parted(self.problem.losses(model, batch))
+            self.scalars |= check_scalars(scalars)
             after = _random_states()
             self.used |= {n for n, a, b in zip(("numpy", "random"), states[1:], after[1:], strict=True) if a != b}
             total += f.detach() / n
@@ -680,6 +686,21 @@ def check_losses(losses: object, problem: Problem) -> None:
             raise ValueError(f"objective {objective} is {value} at the initial model")
     if not losses.requires_grad:
         raise ValueError("the losses do not depend on the model's parameters")
+
+
+def check_scalars(scalars: Mapping[str, Any]) -> set[str]:
+    """The names of what losses report beside themselves.
+
+    Raises:
+        ValueError: something else than single numbers, or under a name that is taken.
+    """
+    for name, value in scalars.items():
+        if not isinstance(value, Tensor | int | float) or (isinstance(value, Tensor) and value.numel() != 1):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"losses reports {name}, of {got}, and must report single numbers")
+        if name in (LEARNING_RATE, GRADIENT_NORM):
+            raise ValueError(f"losses reports {name}, a name that PopMTL uses itself")
+    return set(scalars)
 
 
 def _restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
