@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,12 +32,14 @@ from popmtl.method.gradients import shared_parameters
 from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
 from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Direction, Problem, to_model
+from popmtl.method.streams import Examination, examine, first_batch
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
 from popmtl.runs.baseline import SINGLE_TASK, single_task_figures
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import is_remote
 
+T = TypeVar("T")
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
@@ -72,6 +74,7 @@ class RunPlan:
         transport: that moves the rows, and why.
         warnings: what is allowed, and may yet be a mistake.
         reference: the figures of single-task models, by name, for Δm; None without, or as long as they are not trained.
+        examined: what a few batches showed of the problem's streams.
     """
 
     config: Config
@@ -92,6 +95,12 @@ class RunPlan:
     transport: Transport
     warnings: tuple[str, ...]
     reference: dict[str, float] | None = None
+    examined: Examination | None = None
+
+    @property
+    def draws(self) -> int:
+        """Batches that each subproblem draws, in both stages."""
+        return len(self.factors) + (self.aligned.steps if self.aligned else 0)
 
     @property
     def transfers(self) -> bool:
@@ -229,7 +238,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
-    return RunPlan(
+    plan = RunPlan(
         config=config,
         objectives=objectives,
         metrics=dict(problem.metrics),
@@ -251,6 +260,11 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         warnings=tuple(warnings),
         reference=reference,
     )
+    examined = _about_problem(
+        config.problem.name, lambda: examine(problem, subproblem_seed(recipe.seed, 0), max(1, plan.draws))
+    )
+    costly = examined.warning(plan.draws)
+    return replace(plan, examined=examined, warnings=(*warnings, *([costly] if costly else [])))
 
 
 def replan(plan: RunPlan, placement: Placement) -> RunPlan:
@@ -294,10 +308,11 @@ def check_problem(
     Raises:
         RequestError: naming the problem and what it does wrong.
     """
-    try:
+
+    def check() -> tuple[Layout, int, bool]:
         model = initial_model(problem, recipe.seed, recipe.dtype)
         layout = Layout.of(model, problem.transfers)
-        batch = to_model(next(problem.batches(subproblem_seed(recipe.seed, 0))), next(model.parameters()))
+        batch = to_model(first_batch(problem, subproblem_seed(recipe.seed, 0)), next(model.parameters()))
         losses = problem.losses(model, batch)
         _check_losses(losses, problem)
         leaves_alone = recipe.order == "adapt_then_combine" and leaves_parameters_alone(problem, model, batch)
@@ -309,14 +324,20 @@ def check_problem(
         evaluation = _with_one_batch(problem).evaluate(model, "validation")
         if missing := set(problem.metrics) - set(evaluation.metrics):
             raise ValueError(f"measure does not return {sorted(missing)[0]}, which metrics names")
+        return layout, shared, leaves_alone
+
+    return _about_problem(name, check)
+
+
+def _about_problem(name: str, look: Callable[[], T]) -> T:
+    """What a look at a problem returns; what it raises as a RequestError that names the problem."""
+    try:
+        return look()
     except RequestError:
         raise
-    except StopIteration as error:
-        raise RequestError(f"problem {name}: its training batches ended; the stream must be endless") from error
     except Exception as error:  # whatever a user's problem raises is about the problem
         kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
         raise RequestError(f"problem {name}: {kind}{error}") from error
-    return layout, shared, leaves_alone
 
 
 def _with_one_batch(problem: Problem) -> Problem:

@@ -29,7 +29,7 @@ from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
-from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
+from popmtl.method.snapshot import RowState, put, step_schedules, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
 from popmtl.runs import proof
@@ -120,6 +120,7 @@ class SubproblemActor:
             plan.placement.device,
             rows=rows,
             bucket_bytes=plan.transport.bucket_bytes,
+            examined=plan.examined,
         )
         self.mixing = Timed(mixing or self.block.mix_locally)
         self.bytes_per_column = plan.bytes_sent_by_each()[self.rank] / max(1, plan.width)
@@ -136,13 +137,17 @@ class SubproblemActor:
         files = {file.name: file for file in resumption.files}
         mine = [files[subproblem_file(i)] for i in block.subproblems]
         states = [RowState(*read_tensors(self.folder, resumption.checkpoint, file)) for file in mine]
-        play_again(block, resumption.step)
         if resumption.fine_tuned is None:
             step_schedules(block.buckets, resumption.step)
             put(block, block.buckets, states)
         else:
             assert self.aligned is not None  # the same config that wrote it
             self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, (resumption.fine_tuned, states))
+
+    def catch_up(self, seconds: float) -> int:
+        """Draws again, for nothing, the batches of streams without a state, for so long; how many are left."""
+        end = time.perf_counter() + seconds
+        return sum(stream.catch_up(max(0.0, end - time.perf_counter())) for stream in self.block.feed.streams)
 
     def checkpoint(self, name: str) -> None:
         """Copies all that the rows need to go on, and writes it to a checkpoint while the next steps are taken."""

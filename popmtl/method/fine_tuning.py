@@ -119,6 +119,7 @@ class FineTuning:
         """
         losses = torch.full_like(self.block.weights, math.nan).repeat(steps, 1, 1)
         measured = np.full((steps, len(self.block.models), len(STABILITY)), math.nan)
+        self.block.feed.expect(steps)
         for n in range(steps):
             before = [len(taken) for taken in self.stability]
             losses[n] = self.step(first + n)
@@ -134,7 +135,7 @@ class FineTuning:
         block.gradients.zero_()
         differentiate = self.align_ub if self.recipe.variant == "ub" else self.align_exact
         for i in range(len(block.models)):
-            batch = block.draw(i, t)
+            batch = block.draw(i)
             if block.out[i]:
                 continue
             try:

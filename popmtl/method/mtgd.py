@@ -34,6 +34,7 @@ from popmtl.method.mixing import LocalProduct, Mixing, deferred
 from popmtl.method.problem import Evaluation, Problem, Split, to_model
 from popmtl.method.scalarization import Scalarization
 from popmtl.method.stacked import Execution, NotStackable, Stacked, choose
+from popmtl.method.streams import Examination, Feed, Stream, first_batch, seed_generators
 
 Order = Literal["consensus", "adapt_then_combine"]
 ORDERS: tuple[Order, ...] = ("consensus", "adapt_then_combine")
@@ -136,6 +137,7 @@ class Block:
         *,
         rows: Tensor | None = None,
         bucket_bytes: float = math.inf,
+        examined: Examination | None = None,
     ) -> None:
         """Builds the models, and every row at the one initialization.
 
@@ -147,6 +149,7 @@ class Block:
             device: where they live.
             rows: memory for them, (k, D), that a transport can reach; None takes some.
             bucket_bytes: least size of a bucket, of one row; infinite for a single one.
+            examined: what the plan found out about the streams; None takes their state as it is, and draws none ahead.
         """
         self.problem, self.recipe, self.subproblems = problem, recipe, list(subproblems)
         model = initial_model(problem, recipe.seed, recipe.dtype).to(device)
@@ -157,13 +160,11 @@ class Block:
         self.gradients = torch.zeros_like(self.rows)
         for module, row, gradient in zip(self.models, self.rows, self.gradients, strict=True):
             self.layout.bind(module, row, gradient)
-        # torch.manual_seed would queue a call, with a stack trace, for every absent accelerator, each time.
-        self.generators = [torch.default_generator]
-        if self.rows.is_cuda:
-            self.generators.append(torch.cuda.default_generators[self.rows.device.index])
+        self.generators = [torch.cuda.default_generators[self.rows.device.index]] if self.rows.is_cuda else []
         self.weights = torch.as_tensor(W[self.subproblems], dtype=recipe.dtype, device=device)
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
-        self.streams = [problem.batches(seed) for seed in self.seeds]
+        self.examined = examined
+        self.feed = self.new_feed()
         self.gradient_method = recipe.gradient() if recipe.gradient else None
         if self.gradient_method:
             self.shared = self.shared_columns()
@@ -181,6 +182,26 @@ class Block:
         self.stacked: Stacked | None = None
         self.arrivals: Arrivals | None = None
         self._watch(dict(self.models[-1].named_parameters()))
+
+    def new_feed(self) -> Feed:
+        """The rows' batches, from the first one on."""
+        examined = self.examined
+
+        def seeded(number: int) -> None:
+            seed_generators(number, self.generators)
+
+        streams = [
+            Stream(
+                self.problem,
+                seed,
+                seeded=seeded,
+                name=f"the training batches of subproblem {subproblem}",
+                stateful=not (examined and examined.replays),
+            )
+            for subproblem, seed in zip(self.subproblems, self.seeds, strict=True)
+        ]
+        ahead = bool(examined and examined.ahead)
+        return Feed(streams, lambda batch: to_model(batch, self.rows), self.rows.device, ahead=ahead)
 
     def execute(self, execution: Execution | Literal["auto"]) -> str:
         """Takes the gradients of the rows one after the other or stacked from now on; says which, and why.
@@ -233,6 +254,7 @@ class Block:
         off_identity = chunk.M - np.eye(len(chunk.M))
         A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
+        self.feed.expect(len(chunk))
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None
             losses.append(self.step(t, z, A_t, mix or self.mix_locally))
@@ -327,8 +349,7 @@ class Block:
 
     def shared_columns(self) -> Tensor:
         """A boolean mask, (D,), of the columns of the parameters that all losses share."""
-        # A stream of its own: the rows' data may not depend on a look at them.
-        batch = to_model(next(self.problem.batches(self.seeds[0])), self.rows)
+        batch = to_model(first_batch(self.problem, self.seeds[0]), self.rows)
         names = shared_parameters(self.problem, self.models[0], batch)
         return self.layout.columns(names).to(self.rows.device)
 
@@ -339,7 +360,7 @@ class Block:
         """
         batches: Sequence[Any] | None = None
         if self.stacked:
-            batches = [self.draw(i, t) for i in range(len(self.models))]
+            batches = [self.draw(i) for i in range(len(self.models))]
             try:
                 with self.autocast():
                     F = self.stacked.losses(batches)
@@ -349,7 +370,7 @@ class Block:
                 yield F, self.weights, True
                 return
         for i, model in enumerate(self.models):
-            batch = batches[i] if batches else self.draw(i, t)
+            batch = batches[i] if batches else self.draw(i)
             f = None if self.out[i] else self.losses(model, batch)
             yield f, self.weights[i], i + 1 == len(self.models)
 
@@ -364,18 +385,9 @@ class Block:
             return nullcontext()
         return torch.autocast(self.rows.device.type, torch.bfloat16)
 
-    def draw(self, i: int, t: int) -> Any:
-        """Row i's batch of step t. Seeds torch for it, so that dropout depends on subproblem and step alone."""
-        for generator in self.generators:
-            generator.manual_seed((self.seeds[i] + t) % 2**63)
-        try:
-            batch = next(self.streams[i])
-        except StopIteration:
-            subproblem = self.subproblems[i]
-            raise ValueError(
-                f"the training batches of subproblem {subproblem} ended at step {t}, not endless"
-            ) from None
-        return to_model(batch, self.rows)
+    def draw(self, i: int) -> Any:
+        """Row i's next batch. Seeds torch for it, so that dropout depends on subproblem and draw alone."""
+        return self.feed.draw(i)
 
     def take_out(self, losses: Tensor, t: int, columns: slice = slice(None)) -> None:
         """Takes rows out whose losses, (k, m), or gradients are not finite, before these reach another row."""

@@ -1,7 +1,7 @@
-"""All that a row needs to go on from where it stands: its parameters and buffers, and its optimizer's memory.
+"""All that a row needs to go on from where it stands: parameters, buffers, its optimizer's memory, its stream's state.
 
-Nothing else is random or remembered: torch is seeded for each subproblem and step, a stream of batches is decided by
-its seed and how many were drawn, and a learning-rate schedule by how often it stepped. These are played again.
+Nothing else is random or remembered: the random generators are seeded for each subproblem and draw, a stream without a
+state is decided by its seed and how many were drawn, and a learning-rate schedule by how often it stepped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class RowState:
     """One subproblem at a step.
 
     Attributes:
-        tensors: on the CPU, its own copies: "row" of shape (D,), "buffers/<name>", "optimizer/<name>", (D,) or ().
+        tensors: on the CPU, its own copies: "row" of shape (D,), "buffers/<name>", "optimizer/<name>", (D,) or (), and
+            "stream/<n>".
         numbers: what is no tensor, as JSON can hold it.
     """
 
@@ -38,12 +39,15 @@ def take(block: Block, buckets: Sequence[Bucket]) -> list[RowState]:
         tensors = {"row": copied(block.rows[i])}
         tensors |= {f"buffers/{name}": copied(value) for name, value in model.named_buffers()}
         memory, numbers = _memory(buckets, i)
-        states.append(RowState(tensors | memory, {"optimizer": numbers, "out": block.out[i]}))
+        stream, held = block.feed.state(i)
+        states.append(RowState(tensors | memory | held, {"optimizer": numbers, "out": block.out[i], "stream": stream}))
     return states
 
 
 def put(block: Block, buckets: Sequence[Bucket], states: Sequence[RowState]) -> None:
-    """Makes the rows of a block, and the memory of the optimizers that step them, what they were.
+    """Makes the rows of a block, their streams, and the memory of the optimizers that step them, what they were.
+
+    Streams without a state are then behind, and catch up at the latest when the next batch is drawn.
 
     Raises:
         ValueError: a state is not of such a row.
@@ -60,15 +64,7 @@ def put(block: Block, buckets: Sequence[Bucket], states: Sequence[RowState]) -> 
             buffer.copy_(state.tensors[f"buffers/{name}"])
         block.out[i] = state.numbers["out"]
         _remember(buckets, i, state)
-
-
-def play_again(block: Block, steps: int) -> None:
-    """Draws the batches of the first steps from new streams, for nothing, so that the next one is that of `steps`."""
-    block.streams = [block.problem.batches(seed) for seed in block.seeds]
-    with torch.random.fork_rng([block.rows.device] if block.rows.is_cuda else []):
-        for i in range(len(block.models)):
-            for t in range(steps):
-                block.draw(i, t)
+        block.feed.streams[i].restore(state.numbers["stream"], state.tensors)
 
 
 def step_schedules(buckets: Sequence[Bucket], steps: int) -> None:

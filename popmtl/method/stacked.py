@@ -196,12 +196,12 @@ def _measure(block: Block) -> tuple[float, float]:
     """
     started = time.perf_counter()
     twin = copy.copy(block)
-    twin.streams = [block.problem.batches(seed) for seed in block.seeds]
+    twin.feed = block.new_feed()
     twin.models = [copy.deepcopy(model) for model in block.models]
     twin.rows, twin.gradients = torch.empty_like(block.rows), torch.zeros_like(block.rows)
     for model, row, gradient in zip(twin.models, twin.rows, twin.gradients, strict=True):
         twin.layout.bind(model, row, gradient)
-    batches = [twin.draw(i, 0) for i in range(len(twin.models))]
+    batches = [twin.draw(i) for i in range(len(twin.models))]
     stacked = Stacked(twin.problem, twin.layout, twin.models[0], twin.rows, twin.gradients)
     # Rows start alike, and like the model that is copied: a step that read the wrong one would go unnoticed.
     twin.rows *= 1 - SHRINK * torch.rand_like(twin.rows)

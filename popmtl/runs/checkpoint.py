@@ -20,7 +20,7 @@ from popmtl.errors import CheckpointDamaged, RequestError
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import PART_BYTES, said
 
-VERSION = 2
+VERSION = 3
 MANIFEST, COURSE = "manifest.json", "course.json"
 
 

@@ -197,8 +197,8 @@ def stack_of(block):
     return Stacked(block.problem, block.layout, block.models[-1], block.rows, block.gradients)
 
 
-def draw(block, t=0):
-    return [block.draw(i, t) for i in range(len(block.models))]
+def draw(block):
+    return [block.draw(i) for i in range(len(block.models))]
 
 
 def looped(block, batches):
@@ -245,7 +245,7 @@ def test_stacked_steps_are_those_of_the_models_one_by_one(name):
     optimizer = torch.optim.Adam([block.rows], lr=0.01)
     block.rows.grad = block.gradients
     for t in range(4):
-        batches = draw(block, t)
+        batches = draw(block)
         losses, gradients = looped(block, batches)
         block.gradients.zero_()
         f = rows.losses(batches)
@@ -448,12 +448,12 @@ def test_choosing_changes_nothing(name):
         each.rows.fill_(0.1)
         each.gradients.fill_(7)
         each.models[0][0].eval()
-    models, streams, recipe = list(block.models), list(block.streams), block.recipe
+    models, feed, recipe = list(block.models), block.feed, block.recipe
     state = torch.get_rng_state()
     choose(block)
     assert torch.equal(torch.get_rng_state(), state)
     assert block.recipe is recipe
-    for now, before in zip([*block.models, *block.streams], [*models, *streams], strict=True):
+    for now, before in zip([*block.models, block.feed], [*models, feed], strict=True):
         assert now is before
     assert torch.equal(block.rows, other.rows)
     assert torch.equal(block.gradients, other.gradients)
