@@ -61,7 +61,7 @@ ROOM_SECONDS = 10.0
 """How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
 
 CLOSE_SECONDS = 5.0
-"""How long an interrupted or failed run waits for MLflow."""
+"""How long an interrupted or failed run waits for MLflow, and a failed one for its last checkpoint."""
 
 
 class Coordinator:
@@ -131,7 +131,10 @@ class Coordinator:
             reason = describe_failure(error)
             if isinstance(error, FloatingPointError) and self.plan.may_diverge:
                 reason += f"; {DIVERGENCE}"
-            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=traceback.format_exc())
+            where = traceback.format_exc()
+            with suppress(Exception):  # a checkpoint that is being written counts, if those who write it are there
+                await asyncio.wait_for(self._commit(wait=True), CLOSE_SECONDS)
+            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=where)
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
         complaints = await self._end("FINISHED")

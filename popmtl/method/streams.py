@@ -145,7 +145,7 @@ class Stream:
             self._start_over()
             batch = self._seeded_take()
             if batch is _END:
-                raise ValueError(f"{self.name}: batches gave none in epoch {self.epoch}; it must give some in each")
+                raise ValueError(f"{self.name} ended at once in epoch {self.epoch}: what batches returned gave no more")
         self.drawn += 1
         self.within += 1
         return batch
@@ -166,7 +166,7 @@ class Stream:
 
     def _start_over(self) -> None:
         if not self.within:
-            raise ValueError(f"{self.name}: batches gave none")
+            raise ValueError(f"{self.name} ended at once: batches gave none")
         if not self.problem.epochs:
             raise ValueError(
                 f"{self.name} ended after {self.drawn}, and more are needed; let batches be endless, or set epochs = "
@@ -468,7 +468,7 @@ def _saved(stream: Stream) -> tuple[str | None, Any]:
     try:
         stream.own_state()
     except Exception as error:  # noqa: BLE001  # of a user's code
-        return f"its state cannot be saved: {error}", None
+        return f"their state cannot be saved: {error}", None
     numbers, tensors = stream.state()
     return None, (json.loads(json.dumps(numbers)), tensors)
 

@@ -244,7 +244,7 @@ def test_stacked_steps_are_those_of_the_models_one_by_one(name):
     rows = stack_of(block)
     optimizer = torch.optim.Adam([block.rows], lr=0.01)
     block.rows.grad = block.gradients
-    for t in range(4):
+    for _ in range(4):
         batches = draw(block)
         losses, gradients = looped(block, batches)
         block.gradients.zero_()
