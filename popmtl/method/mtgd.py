@@ -201,7 +201,7 @@ class Block:
             for subproblem, seed in zip(self.subproblems, self.seeds, strict=True)
         ]
         ahead = bool(examined and examined.ahead)
-        return Feed(streams, lambda batch: to_model(batch, self.rows), self.rows.device, ahead=ahead)
+        return Feed(streams, lambda batch: to_model(batch, self.rows), self.rows.device, self.generators, ahead=ahead)
 
     def execute(self, execution: Execution | Literal["auto"]) -> str:
         """Takes the gradients of the rows one after the other or stacked from now on; says which, and why.

@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -257,11 +257,9 @@ class Stream:
     def catch_up(self, seconds: float = math.inf) -> int:
         """Draws for nothing the batches that it is behind, for so long; how many are left then."""
         end = time.perf_counter() + seconds
-        while self.behind:
+        while self.behind and time.perf_counter() < end:
             self._next()
             self.behind -= 1
-            if time.perf_counter() > end:
-                break
         return self.behind
 
 
@@ -277,6 +275,7 @@ class Feed:
         streams: Sequence[Stream],
         move: Callable[[Any], Any],
         device: torch.device | None = None,
+        generators: Sequence[torch.Generator] = (),
         *,
         ahead: bool = False,
     ) -> None:
@@ -286,9 +285,10 @@ class Feed:
             streams: one for each row.
             move: takes a batch to the device.
             device: that is.
+            generators: further ones that are seeded for each draw.
             ahead: whether batches may be drawn ahead, see `Examination`.
         """
-        self.streams, self.move, self.ahead = streams, move, ahead
+        self.streams, self.move, self.generators, self.ahead = streams, move, generators, ahead
         self._side = torch.cuda.Stream(device) if ahead and device is not None and device.type == "cuda" else None
         self._left = [0] * len(streams)
         self._pending: dict[int, Future[tuple[Any, Any]]] = {}
@@ -317,7 +317,7 @@ class Feed:
         self._looks += self._seen is not None
         self._pending.pop(i, None)
         if taken is _NONE or taken is _END:
-            moved = self.move(stream.draw(taken))
+            moved = self.move(self._watched(stream, taken))
         else:
             stream.seed_draw()
             stream.draw(taken)
@@ -325,9 +325,19 @@ class Feed:
                 _keep(moved, self._side.device)
         self._seen = _fingerprint()
         self._left[i] -= 1
-        if self._looks >= LOOKS and self._left[i] > 0:
+        if self.ahead and self._looks >= LOOKS and self._left[i] > 0:
             self._begin(i)
         return moved
+
+    def _watched(self, stream: Stream, taken: Any) -> Any:
+        """A batch drawn in line; none is drawn ahead any more if it took random numbers."""
+        stream.catch_up()
+        stream.seed_draw()
+        before = [_fingerprint(), *(generator.get_state().tolist() for generator in self.generators)]
+        batch = stream.draw(taken)
+        if before != [_fingerprint(), *(generator.get_state().tolist() for generator in self.generators)]:
+            self._stop()
+        return batch
 
     def state(self, i: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """That of row i's stream.
@@ -362,16 +372,12 @@ def _work(tasks: SimpleQueue[Any]) -> None:
     while (task := tasks.get()) is not None:
         future, stream, move, side = task
         try:
-            taken = stream.take()
-            if taken is _END:
-                future.set_result((taken, None))
-            elif side is None:
-                future.set_result((taken, move(taken)))
-            else:
-                with torch.cuda.stream(side):
-                    moved = move(taken)
+            with torch.cuda.stream(side) if side is not None else nullcontext():
+                taken = stream.take()
+                moved = None if taken is _END else move(taken)
+            if side is not None:
                 side.synchronize()
-                future.set_result((taken, moved))
+            future.set_result((taken, moved))
         except BaseException as error:  # noqa: BLE001  # raised where the batch is taken
             future.set_exception(error)
         del task, future, stream, move  # an idle thread keeps nothing alive
@@ -435,19 +441,19 @@ def examine(problem: Problem, seed: int, needed: int) -> Examination:
             )
         # Each worker of a loader must have drawn before: a restored one has lost the random numbers of its transforms.
         last = min(int(getattr(first.source, "num_workers", 0) or 0) + 1, needed - 1)
-        batches, seconds, alone, replays, saved = [], [], True, None, None
+        batches: list[Any] = []
+        seconds: list[float] = []
+        alone, replays, saved = True, None, None
         for j in range(last + 1):
             if j == last and j and first.has_state:
                 replays, saved = _saved(first)
-            start = time.perf_counter()
-            batches.append(first.draw())
-            seconds.append(time.perf_counter() - start)
+            batches.append(_timed(first, seconds))
             drawn = _fingerprint()
             seed_generators((seed + j) % 2**63)
             alone &= drawn == _fingerprint()
         second = Stream(problem, seed, seeded=seed_generators)
         for j, batch in enumerate(batches):
-            if what := difference(batch, second.draw(), f"batch {j}"):
+            if what := difference(batch, _timed(second, seconds), f"batch {j}"):
                 raise ValueError(
                     f"{whose}({seed}), called twice, gives other batches: {what} differs; the seed alone must decide "
                     "them"
@@ -458,9 +464,18 @@ def examine(problem: Problem, seed: int, needed: int) -> Examination:
             replays = "batches returns one object, with one state, to all subproblems"
         elif saved:
             replays = _brought_back(Stream(problem, seed, seeded=seed_generators), saved, batches[last])
-        takes = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+        later = sorted(seconds[1 : last + 1] + seconds[last + 2 :]) or seconds  # first ones take longer
+        takes = later[(len(later) - 1) // 2]
         ahead = alone and takes > AHEAD_SECONDS and last + 1 < needed and _draws_beside(first)
     return Examination(replays, takes, ahead, first.has_state)
+
+
+def _timed(stream: Stream, seconds: list[float]) -> Any:
+    """A stream's next batch; adds the seconds that it took."""
+    start = time.perf_counter()
+    batch = stream.draw()
+    seconds.append(time.perf_counter() - start)
+    return batch
 
 
 def _saved(stream: Stream) -> tuple[str | None, Any]:
