@@ -100,6 +100,8 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("sent per step", _sent(plan)),
         ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
     ]
+    if plan.examined:
+        lines.insert(-2, ("batches", plan.examined.describe(plan.draws)))
     if plan.aligned and plan.aligned.variant == "exact":
         lines.insert(-2, ("aligned", f"{plan.shared:,} shared parameters"))
     if config.baseline:

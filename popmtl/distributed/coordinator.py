@@ -54,11 +54,14 @@ STABILITY_METRICS: dict[str, Direction] = {
 CHUNK_SECONDS = 2.0
 """Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
 
+REPLAY_SECONDS = 5.0
+"""Batches that actors draw again in one call: for about this long."""
+
 ROOM_SECONDS = 10.0
 """How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
 
 CLOSE_SECONDS = 5.0
-"""How long an interrupted or failed run waits for MLflow."""
+"""How long an interrupted or failed run waits for MLflow, and a failed one for its last checkpoint."""
 
 
 class Coordinator:
@@ -129,7 +132,10 @@ class Coordinator:
             reason = describe_failure(error)
             if isinstance(error, FloatingPointError) and self.plan.may_diverge:
                 reason += f"; {DIVERGENCE}"
-            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=traceback.format_exc())
+            where = traceback.format_exc()
+            with suppress(Exception):  # a checkpoint that is being written counts, if those who write it are there
+                await asyncio.wait_for(self._commit(wait=True), CLOSE_SECONDS)
+            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=where)
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
         complaints = await self._end("FINISHED")
@@ -310,6 +316,7 @@ class Coordinator:
         if self.profile:
             await crew.one(0, "trace", self.profile)
         self.was_ready = True
+        await self._catch_up()
         self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
@@ -327,6 +334,21 @@ class Coordinator:
                         f"model() starts differently in actors 0 and {rank}, in {name}: all members must start alike; "
                         "draw initial values from torch, numpy or random, which are seeded, and not by a set's order"
                     )
+
+    async def _catch_up(self) -> None:
+        """Has streams without a state drawn again to where they were: in pieces, for as long as all of it takes."""
+        if not self.resumption:
+            return
+        piece = min(REPLAY_SECONDS, self.plan.config.resources.chunk_timeout / 4)
+        start, left = time.monotonic(), sum(await self.crew.all("catch_up", 0.0))
+        total, examined = left, self.plan.examined
+        why = (examined and examined.replays) or "the checkpoint has no state of theirs"
+        while left:
+            self._await(f"drawing batches again, {total - left} of {total}: {why}")
+            left = sum(await self.crew.all("catch_up", piece))
+        if total:
+            self.folder.append_event("batches drawn again", draws=total, seconds=time.monotonic() - start)
+        self.now = replace(self.now, awaits=None)
 
     async def _prove_storage(self) -> None:
         """Has every actor show that what it writes is read here, and what is written here is read there."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,17 +25,19 @@ from popmtl.errors import RequestError
 from popmtl.method.decomposition import check_weights, weight_vectors
 from popmtl.method.delta_m import tasks_of
 from popmtl.method.fine_tuning import AlignedRecipe
-from popmtl.method.mtgd import Recipe
+from popmtl.method.mtgd import Recipe, subproblem_seed
 from popmtl.method.optimizers import entrywise, moment_names
 from popmtl.method.population import Population, train_population
 from popmtl.method.problem import Direction, Problem, Split, Weights, to_model
 from popmtl.method.rehearsal import Rehearsal, rehearse
+from popmtl.method.streams import Examination, examine
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
 from popmtl.runs.baseline import SINGLE_TASK, SingleTask, single_task_figures
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import is_remote
 
+T = TypeVar("T")
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
@@ -71,6 +73,7 @@ class RunPlan:
         warnings: what is allowed, and may yet be a mistake.
         reference: the figures of single-task models, by split and name, for Δm; None without, or as long as they are
             not trained.
+        examined: what a few batches showed of the problem's streams.
     """
 
     config: Config
@@ -88,6 +91,7 @@ class RunPlan:
     placement: Placement
     transport: Transport
     warnings: tuple[str, ...]
+    examined: Examination
     reference: SingleTask | None = None
 
     @property
@@ -104,6 +108,11 @@ class RunPlan:
     def shared(self) -> int:
         """How many columns Aligned-MTL aligns; 0 without the stage or in its UB variant."""
         return int(self.rehearsal.layout.columns(set(self.rehearsal.shared or ())).sum())
+
+    @property
+    def draws(self) -> int:
+        """Batches that each subproblem draws, in both stages."""
+        return _draws(self.recipe, self.aligned, len(self.factors))
 
     @property
     def transfers(self) -> bool:
@@ -245,8 +254,11 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
             fine.clip.build() if fine.clip else None,
             fine.accumulate,
         )
+    draws = _draws(recipe, aligned, config.train.steps)
+    seed = subproblem_seed(recipe.seed, 0)
+    examined = _about_problem(config.problem.name, lambda: examine(problem, seed, max(1, draws)))
     stack = config.train.execution != "loop" and not recipe.gradient
-    rehearsal = check_problem(config.problem.name, problem, W, recipe, aligned, stack=stack)
+    rehearsal = check_problem(config.problem.name, problem, W, recipe, aligned, examined, stack=stack)
     _check_names(config, rehearsal.scalars)
     if recipe.mix_moments and not entrywise(recipe.optimizer):
         raise RequestError(
@@ -257,6 +269,8 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     placement = _placement(config, len(W), nodes)
     transport = _transport(config, recipe, rehearsal, placement, len(W))
     warnings = [*rehearsal.warnings]
+    if costly := examined.warning(draws):
+        warnings.append(costly)
     if recipe.order == "consensus" and may_diverge(M):
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
@@ -279,6 +293,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         placement=placement,
         transport=transport,
         warnings=tuple(warnings),
+        examined=examined,
         reference=reference,
     )
 
@@ -315,6 +330,7 @@ def check_problem(
     W: Matrix,
     recipe: Recipe,
     aligned: AlignedRecipe | None = None,
+    examined: Examination | None = None,
     *,
     stack: bool = False,
 ) -> Rehearsal:
@@ -323,11 +339,12 @@ def check_problem(
     Raises:
         RequestError: naming the problem and what it does wrong, or what the run would do wrong to it.
     """
-    try:
+
+    def check() -> Rehearsal:
         # With a second batch it matters what batches weigh, and how metric objects are put together.
         by_batches = type(problem).evaluate is Problem.evaluate
         glance = _with_batches(problem, 2 if by_batches else 1)
-        rehearsal = rehearse(glance, W, recipe, aligned, stack=stack)
+        rehearsal = rehearse(glance, W, recipe, aligned, examined, stack=stack)
         if by_batches:
             reference = torch.zeros((), dtype=recipe.dtype)
             for split in SPLITS:
@@ -337,10 +354,16 @@ def check_problem(
                     if weights.batches > 1 and not weights.unknown:
                         break
         return rehearsal
+
+    return _about_problem(name, check)
+
+
+def _about_problem(name: str, look: Callable[[], T]) -> T:
+    """What a look at a problem returns; what it raises as a RequestError that names the problem."""
+    try:
+        return look()
     except RequestError:
         raise
-    except StopIteration as error:
-        raise RequestError(f"problem {name}: its training batches ended; the stream must be endless") from error
     except Exception as error:  # whatever a user's problem raises is about the problem
         kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
         raise RequestError(f"problem {name}: {kind}{error}") from error
@@ -353,6 +376,10 @@ def _with_batches(problem: Problem, count: int) -> Problem:
         lambda split: list(itertools.islice(problem.evaluation_batches(split), count))
     )
     return glance
+
+
+def _draws(recipe: Recipe, aligned: AlignedRecipe | None, steps: int) -> int:
+    return steps * recipe.accumulate + (aligned.steps * aligned.accumulate if aligned else 0)
 
 
 def _check_names(config: Config, names: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
-from popmtl.method.snapshot import RowState, play_again, put, take
+from popmtl.method.snapshot import RowState, put, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
 from popmtl.runs import proof
@@ -123,6 +123,7 @@ class SubproblemActor:
             plan.placement.device,
             rows=rows,
             bucket_bytes=plan.transport.bucket_bytes,
+            examined=plan.examined,
         )
         self.mixing = Timed(mixing or self.block.mix_locally)
         self.bytes_per_column = plan.bytes_sent_by_each()[self.rank] / max(1, plan.width)
@@ -139,7 +140,6 @@ class SubproblemActor:
         files = {file.name: file for file in resumption.files}
         mine = [files[subproblem_file(i)] for i in block.subproblems]
         states = [RowState(*read_tensors(self.folder, resumption.checkpoint, file)) for file in mine]
-        play_again(block, states[0].numbers["drawn"])
         if resumption.fine_tuned is None:
             put(block, block.optimizers, states)
         else:
@@ -150,6 +150,11 @@ class SubproblemActor:
         """Sum and norm of each parameter of the first row, which all actors begin with alike."""
         views = self.block.layout.views(self.block.rows[0])
         return {name: (float(view.double().sum()), float(view.double().norm())) for name, view in views.items()}
+
+    def catch_up(self, seconds: float) -> int:
+        """Draws again, for nothing, the batches of streams without a state, for so long; how many are left."""
+        end = time.perf_counter() + seconds
+        return sum(stream.catch_up(max(0.0, end - time.perf_counter())) for stream in self.block.feed.streams)
 
     def checkpoint(self, name: str) -> None:
         """Copies all that the rows need to go on, and writes it to a checkpoint while the next steps are taken."""

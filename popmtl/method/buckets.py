@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from popmtl.method.flat import Layout
 from popmtl.method.problem import Problem, parted
-from popmtl.method.replica import copied, random_state_kept
+from popmtl.method.replica import copied
+from popmtl.method.streams import kept_generators
 
 BUCKET_BYTES = 8 * 2**20
 """Of one row: smaller ones start earlier, larger ones pay an exchange's latency less often."""
@@ -121,7 +122,7 @@ def leaves_parameters_alone(problem: Problem, model: nn.Module, batch: Any) -> b
             p.grad = None
             if spoil:
                 p.register_post_accumulate_grad_hook(hook)
-        with random_state_kept():
+        with kept_generators():
             torch.manual_seed(0)
             f = parted(problem.losses(tried, batch))[0]
             if f.requires_grad:

@@ -9,7 +9,6 @@ scale of a loss changes the direction (IMTLG, NashMTL), every subproblem has the
 from __future__ import annotations
 
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from popmtl.method.aligned_mtl import SCALES, align
 from popmtl.method.problem import Problem, parted, to_model
-from popmtl.method.replica import initial_model, random_state_kept, seed_everything
+from popmtl.method.replica import initial_model
+from popmtl.method.streams import Stream, kept_generators, seed_generators
 
 GradientMethod = Callable[[Tensor, Tensor], Tensor]
 """From task gradients, shape (m, D), and a weight vector, (m,), to the update, (D,)."""
@@ -192,9 +192,11 @@ def _reached(
     m = len(problem.objectives)
     by_value: list[set[str]] = [set() for _ in range(m)]
     by_graph: list[set[str]] = [set() for _ in range(m)]
-    with random_state_kept():
-        seed_everything(seed)
-        for batch in itertools.islice(problem.batches(seed), batches):
+    with kept_generators():
+        seed_generators(seed)
+        stream = Stream(problem, seed, seeded=seed_generators)
+        for _ in range(batches):
+            batch = stream.draw()
             f, _ = parted(problem.losses(model, to_model(batch, next(iter(trainable.values())))))
             for j in range(m):
                 for name, g in zip(trainable, gradients_of(f[j], list(trainable.values())), strict=True):

@@ -51,6 +51,7 @@ from popmtl.method.replica import (
 )
 from popmtl.method.scalarization import Scalarization
 from popmtl.method.stacked import Execution, NotStackable, Stacked, choose
+from popmtl.method.streams import Examination, Feed, Stream
 
 Order = Literal["consensus", "adapt_then_combine"]
 ORDERS: tuple[Order, ...] = ("consensus", "adapt_then_combine")
@@ -152,7 +153,6 @@ class Block:
         models: k modules. Frozen parameters and buffers share memory until a model writes to one, see `replicate`.
         initial: the buffers and frozen parameters that all models began with.
         subproblems: the k indices in the population.
-        drawn: batches that each row has taken.
         weights: the k weight vectors, shape (k, m).
         layout: of a row.
         buckets: the columns that step together; more than one only where adapt_then_combine overlaps.
@@ -172,6 +172,7 @@ class Block:
         *,
         rows: Tensor | None = None,
         bucket_bytes: float = math.inf,
+        examined: Examination | None = None,
     ) -> None:
         """Builds the models, and every row at the one initialization.
 
@@ -183,6 +184,7 @@ class Block:
             device: where they live.
             rows: memory for them, (k, D), that a transport can reach; None takes some.
             bucket_bytes: least size of a bucket, of one row; infinite for a single one.
+            examined: what the plan found out about the streams; None takes their state as it is, and draws none ahead.
         """
         self.problem, self.recipe, self.subproblems = problem, recipe, list(subproblems)
         model = initial_model(problem, recipe.seed, recipe.dtype).to(device)
@@ -198,8 +200,8 @@ class Block:
         self.weights = torch.as_tensor(W[self.subproblems], dtype=recipe.dtype, device=device)
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
         self.seeders = seeders(recipe.generators, self.rows.device)
-        self.streams = [problem.batches(seed) for seed in self.seeds]
-        self.drawn = [0] * count
+        self.examined = examined
+        self.feed = self.new_feed()
         self.gradient_method = recipe.gradient() if recipe.gradient else None
         if self.gradient_method:
             self.shared = self.shared_columns()
@@ -218,6 +220,28 @@ class Block:
         self.arrivals: Arrivals | None = None
         self.compiled = Compiled(problem, self.models[0]) if recipe.compiled else None
         self._watch(dict(self.models[-1].named_parameters()))
+
+    def new_feed(self) -> Feed:
+        """The rows' batches, from the first one on."""
+        examined = self.examined
+
+        def seeded(number: int) -> None:
+            for seed in self.seeders:
+                seed(number)
+
+        streams = [
+            Stream(
+                self.problem,
+                seed,
+                seeded=seeded,
+                name=f"the training batches of subproblem {subproblem}",
+                stateful=not (examined and examined.replays),
+            )
+            for subproblem, seed in zip(self.subproblems, self.seeds, strict=True)
+        ]
+        ahead = bool(examined and examined.ahead)
+        generators = [torch.cuda.default_generators[self.rows.device.index]] if self.rows.is_cuda else []
+        return Feed(streams, lambda batch: to_model(batch, self.rows), self.rows.device, generators, ahead=ahead)
 
     def execute(self, execution: Execution | Literal["auto"]) -> str:
         """Takes the gradients of the rows one after the other or stacked from now on; says which, and why.
@@ -272,6 +296,7 @@ class Block:
         off_identity = chunk.M - np.eye(len(chunk.M))
         A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
+        self.feed.expect(len(chunk) * self.recipe.accumulate)
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None
             losses.append(self.step(t, z, A_t, mix or self.mix_locally))
@@ -447,18 +472,8 @@ class Block:
         return torch.autocast(self.rows.device.type, torch.bfloat16)
 
     def draw(self, i: int) -> Any:
-        """Row i's next batch. Seeds the random generators, so that dropout depends on subproblem and batch alone."""
-        for seed in self.seeders:
-            seed((self.seeds[i] + self.drawn[i]) % 2**63)
-        try:
-            batch = next(self.streams[i])
-        except StopIteration:
-            subproblem, drawn = self.subproblems[i], self.drawn[i]
-            raise ValueError(
-                f"the training batches of subproblem {subproblem} ended after {drawn}, not endless"
-            ) from None
-        self.drawn[i] += 1
-        return to_model(batch, self.rows)
+        """Row i's next batch. Seeds the random generators, so that dropout depends on subproblem and draw alone."""
+        return self.feed.draw(i)
 
     def take_out(self, losses: Tensor, t: int, bucket: Bucket, clip: Clip | None) -> None:
         """Takes rows out whose losses, (k, m), or gradients are not finite, before others see them; clips the rest."""

@@ -54,6 +54,8 @@ class Problem(ABC):
             values that are seen during training.
         bounds: (lower, upper) for every parameter, kept by projection after each step; each a number
             or a tensor of shape (D,). None leaves the parameters free.
+        epochs: a stream of batches that ends starts over: what can be iterated again is, and an iterator is made anew
+            by `batches` with a seed for that epoch. False: a stream that ends too early is refused, or fails the run.
     """
 
     objectives: Sequence[str]
@@ -62,14 +64,21 @@ class Problem(ABC):
     reference_point: Sequence[float] | None = None
     ideal_point: Sequence[float] | None = None
     bounds: tuple[float | Tensor, float | Tensor] | None = None
+    epochs: bool = False
 
     @abstractmethod
     def model(self) -> nn.Module:
         """A newly initialized model. torch is seeded before the call; every subproblem starts from this one."""
 
     @abstractmethod
-    def batches(self, seed: int) -> Iterator[Any]:
-        """An endless stream of training batches, decided by `seed` alone. Every subproblem draws its own."""
+    def batches(self, seed: int) -> Iterable[Any]:
+        """A stream of training batches, decided by `seed` alone. Every subproblem draws its own.
+
+        It is endless, or as long as the run, or starts over (`epochs`): an iterator, a torch DataLoader, or any other
+        iterable. The global random generators of torch, numpy and Python are seeded before each draw. With `state_dict`
+        and `load_state_dict`, as torchdata's StatefulDataLoader has, a resumed run goes on from the state in the
+        checkpoint; without both, it draws all batches again.
+        """
 
     @abstractmethod
     def evaluation_batches(self, split: Split) -> Iterable[Any]:

@@ -29,7 +29,7 @@ from popmtl.method.flat import Layout
 from popmtl.method.gradients import find_shared, gradients_of
 from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
-from popmtl.method.mtgd import Block, Recipe, seeders
+from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.optimizers import Member, Stepping, make_optimizers
 from popmtl.method.problem import Problem, evaluating, parted, to_model
 from popmtl.method.replica import (
@@ -40,11 +40,11 @@ from popmtl.method.replica import (
     model_as_written,
     own_constants,
     python_state,
-    random_state_kept,
     tensors_in,
 )
-from popmtl.method.snapshot import RowState, play_again, put, put_model, take, take_model
+from popmtl.method.snapshot import RowState, put, put_model, take, take_model
 from popmtl.method.stacked import why_not_stacked
+from popmtl.method.streams import Examination, first_batch, kept_generators, seed_generators
 
 STEPS = 3
 LONG = 1.0
@@ -115,6 +115,7 @@ def rehearse(
     W: NDArray[np.float64],
     recipe: Recipe,
     aligned: AlignedRecipe | None = None,
+    examined: Examination | None = None,
     *,
     stack: bool = False,
 ) -> Rehearsal:
@@ -125,6 +126,7 @@ def rehearse(
         W: weight vectors, (N, m).
         recipe: of the run.
         aligned: of the fine-tuning stage.
+        examined: what is known of the streams of batches.
         stack: whether rows may be stacked.
 
     Raises:
@@ -132,7 +134,7 @@ def rehearse(
         ValueError: anything else that a run could not do.
         Exception: whatever the problem's code raises.
     """
-    with random_state_kept():
+    with kept_generators():
         model = _starts_alike(problem, recipe)
         recipe, warnings = _share(problem, recipe, aligned)
         reached = _glance(problem, model, recipe)
@@ -140,15 +142,16 @@ def rehearse(
         _glance(problem, model, recipe)
         short = time.perf_counter() - started > LONG
         del model
+
+        def rehearsed(replication: Replication) -> Rehearsal:
+            by = replace(recipe, replication=replication)
+            return _Rehearsing(problem, W, by, aligned, examined, stack, short, reached).run(warnings)
+
         try:
-            return _Rehearsing(problem, W, replace(recipe, replication="copy"), aligned, stack, short, reached).run(
-                warnings
-            )
+            return rehearsed("copy")
         except Exception as error:  # noqa: BLE001 - deepcopy may raise anything
             try:
-                return _Rehearsing(
-                    problem, W, replace(recipe, replication="build"), aligned, stack, short, reached
-                ).run(warnings)
+                return rehearsed("build")
             except Exception as again:  # noqa: BLE001
                 raise again if not isinstance(error, Mismatch) else error from None
 
@@ -204,12 +207,7 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
 
 def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
     """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient."""
-    for seeder in seeders(("torch", "numpy", "random"), torch.device("cpu")):
-        seeder(recipe.seed)
-    try:
-        batch = to_model(next(iter(problem.batches(recipe.seed))), next(model.parameters()))
-    except StopIteration:
-        raise ValueError("its training batches ended; the stream must be endless") from None
+    batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
     f, _ = parted(problem.losses(model, batch))
     check_losses(f, problem)
     model.zero_grad(set_to_none=True)
@@ -223,11 +221,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _initial_losses(problem: Problem, model: nn.Module, recipe: Recipe) -> Tensor | None:
     """The losses of the first batch; None where the model cannot take it, as in another dtype."""
-    seed = 0
-    for seeder in seeders(("torch", "numpy", "random"), torch.device("cpu")):
-        seeder(seed)
     try:
-        batch = to_model(next(iter(problem.batches(recipe.seed))), next(model.parameters()))
+        batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+        seed_generators(recipe.seed)
         with torch.no_grad():
             return parted(problem.losses(model, batch))[0].double()
     except Exception:  # noqa: BLE001 - the rehearsal itself meets it again, where it counts
@@ -256,6 +252,7 @@ class _Rehearsing:
         W: NDArray[np.float64],
         recipe: Recipe,
         aligned: AlignedRecipe | None,
+        examined: Examination | None,
         stack: bool,
         short: bool,
         reached: set[str],
@@ -273,7 +270,8 @@ class _Rehearsing:
             self.rows = self.rows[:1]
         self.own = [initial_model(problem, recipe.seed, recipe.dtype) for _ in self.rows]
         self.layout = Layout.of(self.own[0], problem.transfers)
-        self.block = Block(problem, self.rows, W, self.recipe)
+        self.examined = examined and replace(examined, ahead=False)
+        self.block = Block(problem, self.rows, W, self.recipe, examined=self.examined)
         self.members = [
             Member(self.layout.names, model, self._optimizers(model, recipe), recipe.lr_schedule) for model in self.own
         ]
@@ -293,7 +291,7 @@ class _Rehearsing:
         names = ("numpy", "random")
 
         def noted(i: int) -> Any:
-            seed = (block.seeds[i] + block.drawn[i]) % 2**63
+            seed = (block.seeds[i] + block.feed.streams[i].drawn) % 2**63
             for seeder in block.seeders:
                 seeder(seed)
             fresh = _random_states()
@@ -535,8 +533,7 @@ class _Rehearsing:
             RowState(dict(state.tensors), json.loads(json.dumps(state.numbers)))
             for state in take(block, block.optimizers)
         ]
-        again = Block(self.problem, self.rows, self.W, self.recipe)
-        play_again(again, block.drawn[0])
+        again = Block(self.problem, self.rows, self.W, self.recipe, examined=self.examined)
         put(again, again.optimizers, states)
         for draws in self.draws:
             draws.clear()

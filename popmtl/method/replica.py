@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from popmtl.method.problem import Problem
+from popmtl.method.streams import kept_generators, seed_generators
 from popmtl.method.trees import pack, unpack
 
 Replication = Literal["copy", "build"]
@@ -26,25 +25,6 @@ Replication = Literal["copy", "build"]
 
 EXTRA = "_extra_state"
 """The last part of the names under which torch's state_dict holds what `get_extra_state` returns."""
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the global generators of torch, numpy and Python's random."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Puts the global generators of torch's CPU, numpy and Python's random back to where they were."""
-    kept = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(kept[0])
-        np.random.set_state(kept[1])
-        random.setstate(kept[2])
 
 
 def initial_model(problem: Problem, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -62,8 +42,8 @@ def model_as_written(problem: Problem, seed: int) -> nn.Module:
     Raises:
         ValueError: not a module, or one with lazy parameters.
     """
-    with random_state_kept():
-        seed_everything(seed)
+    with kept_generators():
+        seed_generators(seed)
         model = problem.model()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{type(problem).__name__}.model returned {type(model).__name__}, not a torch.nn.Module")

@@ -1,7 +1,7 @@
-"""All that a row needs to go on from where it stands: its parameters and buffers, and its optimizers' memory.
+"""All that a row needs to go on from where it stands: its model, its optimizers' memory, its stream's state.
 
-Nothing else is random or remembered: the random generators are seeded for each subproblem and batch, and a stream of
-batches is decided by its seed and how many were drawn.
+Nothing else is random or remembered: the random generators are seeded for each subproblem and batch, and a stream
+without a state is decided by its seed and how many were drawn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from popmtl.method.mtgd import Block
@@ -25,7 +24,7 @@ class RowState:
 
     Attributes:
         tensors: on the CPU, its own copies: "row" of shape (D,), "buffers/<name>" of those that training has written
-            to, and of frozen parameters likewise, "optimizer/…" and "extra/…", see `popmtl.method.trees`.
+            to, and of frozen parameters likewise, "optimizer/…", "extra/…" and "stream/…", see `popmtl.method.trees`.
         numbers: what is no tensor, as JSON can hold it.
     """
 
@@ -45,13 +44,16 @@ def take(block: Block, optimizers: Optimizers) -> list[RowState]:
         memory, tensors = optimizers.memory(i)
         awaited = block.awaited[i] if block.awaited else None
         plain, _ = pack(awaited, "awaited")  # NaN of a row that is out
-        numbers = {"optimizer": memory, "out": block.out[i], "awaited": plain, "drawn": block.drawn[i]}
-        states.append(RowState(state.tensors | tensors, state.numbers | numbers))
+        stream, held = block.feed.state(i)
+        numbers = {"optimizer": memory, "out": block.out[i], "awaited": plain, "stream": stream}
+        states.append(RowState(state.tensors | tensors | held, state.numbers | numbers))
     return states
 
 
 def put(block: Block, optimizers: Optimizers, states: Sequence[RowState]) -> None:
-    """Makes the rows of a block, and the memory of the optimizers that step them, what they were.
+    """Makes the rows of a block, their streams, and the memory of the optimizers that step them, what they were.
+
+    Streams without a state are then behind, and catch up at the latest when the next batch is drawn.
 
     Raises:
         ValueError: a state is not of such a row.
@@ -61,6 +63,7 @@ def put(block: Block, optimizers: Optimizers, states: Sequence[RowState]) -> Non
         put_model(block, i, state)
         block.out[i] = state.numbers["out"]
         optimizers.remember(i, state.numbers["optimizer"], state.tensors)
+        block.feed.streams[i].restore(state.numbers["stream"], state.tensors)
         awaited.append(unpack(state.numbers["awaited"], {}))
     block.awaited = None if None in awaited else awaited
 
@@ -99,15 +102,6 @@ def put_model(block: Block, i: int, state: RowState) -> None:
     block.rows[i] = row.to(block.rows)
     set_constants(model, own, block.initial, block.layout.names)
     set_extra_state(model, unpack(state.numbers["extra"], state.tensors))
-
-
-def play_again(block: Block, batches: int) -> None:
-    """Draws the first batches from new streams, for nothing, so that the next one is the one after them."""
-    block.streams, block.drawn = [block.problem.batches(seed) for seed in block.seeds], [0] * len(block.seeds)
-    with torch.random.fork_rng([block.rows.device] if block.rows.is_cuda else []):
-        for i in range(len(block.models)):
-            for _ in range(batches):
-                block.draw(i)
 
 
 def copied(value: Tensor) -> Tensor:

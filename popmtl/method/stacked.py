@@ -216,7 +216,7 @@ def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
         Exception: whatever the problem's code raises.
     """
     trial = copy.copy(block)
-    trial.streams, trial.drawn = [block.problem.batches(seed) for seed in block.seeds], [0] * len(block.seeds)
+    trial.feed = block.new_feed()
     batches = [trial.draw(i) for i in range(len(block.models))]
     for i, batch in enumerate(batches):
         _refuse_memory(block, i, batch)

@@ -367,21 +367,19 @@ def test_the_packing_of_rows_into_blocks_changes_nothing(exchange, packing):
             torch.testing.assert_close(states[i][name], value, rtol=0, atol=1e-12)
 
 
-def test_dropout_follows_subproblem_and_step():
+def test_dropout_follows_subproblem_and_draw():
     problem = Regression(lambda: nn.Dropout(0.5))
     recipe = Recipe(gradient_descent(0.0), dtype=DOUBLE)
-    block = Block(problem, range(2), weights(2), recipe)
     x = torch.ones(1, 3, dtype=DOUBLE)
 
-    def output(i, t):
-        block.drawn[i] = t
-        block.draw(i)
-        return block.models[i](x).tolist()
+    def outputs(i):
+        block = Block(problem, range(2), weights(2), recipe)
+        return [(block.draw(i), block.models[i](x).tolist())[1] for _ in range(2)]
 
-    first = output(0, 0)
-    assert output(0, 0) == first
-    assert output(0, 1) != first
-    assert output(1, 0) != first
+    first = outputs(0)
+    assert outputs(0) == first
+    assert first[0] != first[1]
+    assert outputs(1)[0] != first[0]
 
 
 # --- what the rows hold ---

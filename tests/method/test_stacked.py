@@ -472,12 +472,12 @@ def test_choosing_changes_nothing(name):
         each.rows.fill_(0.1)
         each.gradients.fill_(7)
         each.models[0][0].eval()
-    models, streams, recipe = list(block.models), list(block.streams), block.recipe
+    models, feed, recipe = list(block.models), block.feed, block.recipe
     state = torch.get_rng_state()
     choose(block)
     assert torch.equal(torch.get_rng_state(), state)
     assert block.recipe is recipe
-    for now, before in zip([*block.models, *block.streams], [*models, *streams], strict=True):
+    for now, before in zip([*block.models, block.feed], [*models, feed], strict=True):
         assert now is before
     assert torch.equal(block.rows, other.rows)
     assert torch.equal(block.gradients, other.gradients)
