@@ -92,8 +92,8 @@ def train(make_problem, W, M, sigma, recipe):
 
 
 def seed_all(seed):
-    """Seeds whatever a problem may draw from."""
-    torch.manual_seed(seed % 2**63)
+    """Seeds whatever a problem on the CPU may draw from."""
+    torch.default_generator.manual_seed(seed % 2**63)  # torch.manual_seed, without what that does for accelerators
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
