@@ -279,6 +279,7 @@ class _Rehearsing:
         self.draws: list[list[Draw]] = [[] for _ in self.rows]
         self.used: set[str] = set()
         self.scalars: set[str] = set()
+        self.moved: set[str] = set()
         self.reached: set[str] = set()
         self._record(self.block)
 
@@ -397,12 +398,17 @@ class _Rehearsing:
                     schedule.step()
         self._mix(before)
         for i, model in enumerate(self.own):
+            self.layout.check_bound(block.models[i], block.rows[i])
             rows = self.layout.views(block.rows[i])
             present = dict(model.named_parameters())
             for name in self.layout.names:
                 if name not in present or not _close(rows[name], present[name].detach(), self.tolerance):
+                    if name in self.moved and self.recipe.order == "consensus":
+                        raise Mismatch(
+                            f"losses() itself changes parameter {name}, as an embedding with max_norm does, while the "
+                            "consensus order sends it; take transfer.order: adapt_then_combine"
+                        )
                     raise Mismatch(f"after step {t} parameter {name} is another in the row than in the model itself")
-            self.layout.check_bound(block.models[i], block.rows[i])
         self._compare_models()
         return True
 
@@ -437,8 +443,10 @@ class _Rehearsing:
         tasks = torch.zeros(len(self.problem.objectives), self.layout.size, dtype=self.recipe.dtype)
         for batch, states in self.draws[i]:
             _set_random_states(states)
+            versions = {name: parameter._version for name, parameter in named.items()}
             with self.block.autocast():
                 f, scalars = parted(self.problem.losses(model, batch))
+            self.moved |= {name for name, parameter in named.items() if parameter._version != versions[name]}
             self.scalars |= check_scalars(scalars)
             after = _random_states()
             self.used |= {n for n, a, b in zip(("numpy", "random"), states[1:], after[1:], strict=True) if a != b}

@@ -52,6 +52,8 @@ def model_as_written(problem: Problem, seed: int) -> nn.Module:
             raise ValueError(
                 f"{name} is lazy: it has no shape yet; have model() run the network once on an example, as torch asks"
             )
+        if value.is_meta:
+            raise ValueError(f"{name} is on the meta device: it has no values; have model() load or draw some")
     return model
 
 

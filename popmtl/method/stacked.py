@@ -46,6 +46,10 @@ REASONS = {
     ".item()": "the losses read a number out of a tensor",
     "Cannot access data pointer": "the losses read numbers out of a tensor",
     "dynamic shape": "the losses make a tensor whose shape depends on values",
+    "saved tensor hooks": "gradient checkpointing, which vmap does not know",
+    "custom autograd.Function": "an autograd.Function of its own, which vmap does not know",
+    "autograd.Function with functorch": "an autograd.Function of its own, which vmap does not know",
+    "Batching rule not implemented": "an operation that vmap does not know, as those of recurrent layers",
     "vmap: inplace": "a tensor that all rows share is changed in place",
 }
 """What vmap says, by a part of it, in plain words."""
@@ -286,7 +290,8 @@ def _refuse_memory(block: Block, i: int, batch: Any) -> None:
     for name, value in constants(model, trained).items():
         same = name in before and before[name].shape == value.shape and torch.equal(before[name], value)
         if not same:
-            raise NotStackable(f"training changes the buffer {name}")
+            kind = "buffer" if name in dict(model.named_buffers()) else "frozen parameter"
+            raise NotStackable(f"training changes the {kind} {name}")
 
 
 def _measure(block: Block) -> tuple[float, float]:
