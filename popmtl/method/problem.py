@@ -41,6 +41,9 @@ class Problem(ABC):
             values that are seen during training.
         bounds: (lower, upper) for every parameter, kept by projection after each step; each a number
             or a tensor of shape (D,). None leaves the parameters free.
+        defaults: what a config that does not say otherwise takes: sections `population`, `scalarization`, `train`,
+            `transfer`, `fine_tune` and `front`, with keys and values as in its YAML.
+        notices: what the plan should say of the data, such as how many rows were left out; a sentence each.
     """
 
     objectives: Sequence[str]
@@ -49,6 +52,8 @@ class Problem(ABC):
     reference_point: Sequence[float] | None = None
     ideal_point: Sequence[float] | None = None
     bounds: tuple[float | Tensor, float | Tensor] | None = None
+    defaults: Mapping[str, Any] = {}
+    notices: Sequence[str] = ()
 
     @abstractmethod
     def model(self) -> nn.Module:
