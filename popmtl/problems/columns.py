@@ -118,14 +118,14 @@ class Inputs:
         notices: what is allowed, and may yet be a mistake.
 
     Raises:
-        RequestError: a column is neither numbers nor categories, or none varies.
+        RequestError: a column would be too many categories, or none varies.
     """
 
     def __init__(self, training: pd.DataFrame, columns: Sequence[str], categorical: Sequence[str] = ()) -> None:
         def is_category(name: str) -> bool:
             return name in categorical or not is_number(training[name])
 
-        seen = {name: _seen(training[name], declared=name in categorical) for name in columns if is_category(name)}
+        seen = {name: _seen(training[name]) for name in columns if is_category(name)}
         there = [name for name in columns if training[name].notna().any()]
         numbers = [name for name in there if name not in seen]
         scale = Scale.of(training[numbers].to_numpy(np.float64))
@@ -155,7 +155,8 @@ class Inputs:
             for what, names in left_out.items()
             if names
         ]
-        self.notices += [notice for name in self.categories if (notice := self._about_category(training[name]))]
+        found = [self._about_category(training[name]) for name in self.categories if name not in categorical]
+        self.notices += [notice for notice in found if notice]
         self.notices += [
             f"inputs: column {name!r} has another whole number in each row, as an id has; leave it out if it is one"
             for name in self.numbers
@@ -233,27 +234,34 @@ def _is_date(column: pd.Series) -> bool:
     return all(isinstance(value, datetime.date) or _DATE.fullmatch(str(value)) for value in values.unique())
 
 
-def _seen(column: pd.Series, *, declared: bool) -> list[object]:
-    """The categories of a column, sorted as text.
+def _seen(column: pd.Series) -> list[object]:
+    return sorted(column.dropna().unique().tolist(), key=str)
 
-    Raises:
-        RequestError: it has no single values, or half of it or more is numbers, and nobody said that it is categories.
+
+def check_inputs(frame: pd.DataFrame, columns: Sequence[str], categorical: Sequence[str] = ()) -> None:
+    """Raises a RequestError for a column that is neither numbers nor categories, by all rows of the file.
+
+    A column of which half the values or more are numbers is neither, if nobody said that it is of categories.
     """
-    try:
-        values = column.dropna().unique().tolist()
-    except TypeError as error:
-        raise RequestError(f"inputs: column {column.name!r} has values of more than one part: {error}") from error
-    if pd.api.types.is_complex_dtype(column.dtype):
-        raise RequestError(f"inputs: column {column.name!r} is of complex numbers")
-    if not declared and not isinstance(column.dtype, pd.CategoricalDtype):
+    for name in columns:
+        column = frame[name]
+        if is_number(column):
+            continue
+        if pd.api.types.is_complex_dtype(column.dtype):
+            raise RequestError(f"inputs: column {name!r} is of complex numbers")
+        try:
+            values = column.dropna().unique().tolist()
+        except TypeError as error:
+            raise RequestError(f"inputs: column {name!r} has values of more than one part: {error}") from error
+        if name in categorical or isinstance(column.dtype, pd.CategoricalDtype) or _is_date(column):
+            continue
         other = [value for value in values if not _LIKE_NUMBER.fullmatch(str(value))]
-        if len(other) <= len(values) / 2 and values and not _is_date(column):
+        if len(other) <= len(values) / 2:
             example = f"not {other[0]!r}" if other else f"{values[0]!r} is no plain one"
             raise RequestError(
-                f"inputs: column {column.name!r} has {len(values) - len(other)} numbers among {len(values)} different "
+                f"inputs: column {name!r} has {len(values) - len(other)} numbers among {len(values)} different "
                 f"values, but {example}; mend it, name it in categorical, or leave it out"
             )
-    return sorted(values, key=str)
 
 
 def cosine_defaults(rows: int, batch_size: int, epochs: int, lr: float) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from torch.nn import functional
 from popmtl.errors import RequestError
 from popmtl.method.problem import Direction, Problem, Split
 from popmtl.models.perceptron import perceptron
-from popmtl.problems.columns import Inputs, check_names, cosine_defaults, data_file, split_rows, told, usable_rows
+from popmtl.problems.columns import (
+    Inputs,
+    check_inputs,
+    check_names,
+    cosine_defaults,
+    data_file,
+    split_rows,
+    told,
+    usable_rows,
+)
 from popmtl.problems.table_files import read_columns
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -183,6 +192,7 @@ class Fairness(Problem):
             raise RequestError(f"sensitive is {sensitive!r}, and must be one of: {', '.join(source.groups)}")
         columns = [name for name in frame.columns if name not in (source.label, sensitive)]
         check_names("path", [source.label, sensitive, *columns], frame)
+        check_inputs(frame, columns, source.categorical)
         frame, notices = usable_rows(frame, [source.label])
         if (known := frame[sensitive].notna()).sum() < len(frame):
             notices.append(f"{(~known).sum()} of {len(frame)} rows are without {sensitive}, and were dropped")

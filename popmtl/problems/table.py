@@ -16,6 +16,7 @@ from popmtl.models.perceptron import perceptron
 from popmtl.problems.columns import (
     Inputs,
     Scale,
+    check_inputs,
     check_names,
     cosine_defaults,
     data_file,
@@ -105,6 +106,7 @@ class Table(Problem):
             raise RequestError(f"categorical: {unused[0]!r} is no input")
         frame = frame[[*inputs, *targets]]
         frame = frame.assign(**frame[targets].apply(_numbers))
+        check_inputs(frame, inputs, categorical)
         frame, notices = usable_rows(frame, targets)
         rows = split_rows(len(frame), validation, test, data_seed)
         if outliers is not None:

@@ -10,7 +10,7 @@ import torch
 from popmtl.errors import RequestError
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.mtgd import Block, Recipe
-from popmtl.problems.columns import Inputs, split_rows
+from popmtl.problems.columns import Inputs, check_inputs, split_rows
 from popmtl.problems.registry import load_problem
 from popmtl.problems.table import Table, _numbers
 from popmtl.problems.table_files import read_columns
@@ -289,6 +289,8 @@ def test_ids_and_dates_are_told_with_their_count(written):
     assert number.startswith("inputs: column 'number' has another whole number in each row")
     assert code.startswith("inputs: column 'code' is of text, as ids are, which was taken as 140 categories")
     assert day.startswith("inputs: column 'day' is of dates, which were taken as 140 categories")
+    frame = pd.DataFrame({"code": columns["code"], "price": np.arange(200), "age": np.arange(200)})
+    assert not Table(written(table=frame), ["price", "age"], categorical=["code"]).notices  # it was said
     assert not table_of(written, colour=["red", "blue", "green", "grey"] * 50, year=[2019, 2020] * 100).notices
 
 
@@ -312,7 +314,7 @@ def test_columns_of_other_things_are_refused_only_where_they_are_used(frame, wri
     with pytest.raises(RequestError, match="inputs: column 'parts' has values of more than one part"):
         Table(path, ["price", "age"])
     with pytest.raises(RequestError, match="inputs: column 'wave' is of complex numbers"):
-        Inputs(pd.DataFrame({"wave": [1j, 2j]}), ["wave"])
+        check_inputs(pd.DataFrame({"wave": [1j, 2j]}), ["wave"])
 
 
 def test_a_column_of_numbers_and_words_asks_what_it_is(frame, written):
@@ -325,6 +327,13 @@ def test_a_column_of_numbers_and_words_asks_what_it_is(frame, written):
     frame["rooms"] = ["1,000", "2,000"] * 100
     with pytest.raises(RequestError, match=r"column 'rooms' has 2 numbers among 2 .*, but '1,000' is no plain one"):
         Table(written(table=frame), ["price", "age"])
+
+
+def test_a_last_line_of_words_is_named_whichever_split_it_is_in(frame, tmp_path):
+    lines = frame[["size", "price", "age"]].to_csv(index=False)
+    (tmp_path / "t.csv").write_text(lines + "Total: 200 rows\n")
+    with pytest.raises(RequestError, match=r"'size' has 200 numbers among 201 .* but not 'Total: 200 rows'"):
+        Table(str(tmp_path / "t.csv"), ["price", "age"])
 
 
 def test_a_name_that_stands_twice_is_refused_only_where_it_is_used(tmp_path):
