@@ -88,6 +88,7 @@ def train(options: argparse.Namespace) -> None:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
         nodes = session.enter_context(driver.cluster(options.address)) if options.address else local_nodes()
         plan = make_plan(config, nodes)
+        config = plan.config
         if options.profile and steps_needed(options.profile) > len(plan.factors):
             needed = steps_needed(options.profile)
             raise RequestError(

@@ -537,14 +537,69 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise RequestError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
+MAY_DEFAULT = ("population", "scalarization", "train", "transfer", "fine_tune", "front")
+"""The sections that a problem may give defaults for."""
+
+
+def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Config:
+    """A config, with what a problem gives where it says nothing; all of the result's keys count as said.
+
+    An optimizer, a schedule or a gradient method is taken whole, with its arguments, and so is a scalarization if the
+    config names one: what is known to go together stays together.
+
+    Args:
+        config: as it was given.
+        defaults: sections as a config has them; see `Problem.defaults`.
+
+    Raises:
+        RequestError: the defaults are not such sections, or do not go with the config; the key is named.
+    """
+    if not isinstance(defaults, Mapping):
+        raise RequestError(f"defaults must be sections of a config, not {defaults!r}")
+    if unknown := [key for key in defaults if key not in MAY_DEFAULT]:
+        raise RequestError(f"defaults: {unknown[0]!r} must be one of: {', '.join(MAY_DEFAULT)}")
+    try:
+        alone = {"problem": config.problem, "population": config.population, **defaults}
+        if isinstance(population := defaults.get("population"), Mapping):  # which says how many only with weights
+            alone["population"] = {**config.population.model_dump(exclude_unset=True), **population}
+        given = Config.model_validate(alone).model_dump(
+            mode="json", by_alias=True, exclude_unset=True, include=set(defaults)
+        )
+    except ValidationError as error:
+        raise RequestError("; ".join(f"defaults: {_describe(details)}" for details in error.errors())) from error
+    said = config.model_dump(mode="json", by_alias=True, exclude_unset=True, include=set(MAY_DEFAULT))
+    if "name" in said.get("scalarization", {}):
+        given.pop("scalarization", None)
+    try:
+        merged = {key: {**given.get(key, {}), **said.get(key, {})} for key in MAY_DEFAULT}
+        full = Config.model_validate({**dict(config), **merged})
+        return Config.model_validate(
+            {**dict(full), **full.model_dump(mode="json", by_alias=True, include=set(MAY_DEFAULT))}
+        )
+    except ValidationError as error:
+        lines = [_describe(details) for details in error.errors()]
+        raise RequestError(f"defaults do not go with this config: {'; '.join(lines)}") from error
+
+
+def taken(config: Config, full: Config) -> dict[str, Any]:
+    """What of a config comes from the defaults that made it full, by dotted keys of two parts."""
+    plain = config.resolved()
+    return {
+        f"{section}.{key}": value
+        for section in MAY_DEFAULT
+        for key, value in full.resolved()[section].items()
+        if value != plain[section][key]
+    }
+
+
 def single_task(config: Config, objectives: int) -> Config:
     """The run that trains one model for each of so many objectives, by that alone, in as many steps."""
-    alone = {"name": "weighted_sum", "ideal_point": config.scalarization.ideal_point}
+    goal = {"name": "weighted_sum", "ideal_point": config.scalarization.ideal_point}
     steps = config.train.steps + config.fine_tune.steps
-    return config.model_copy(
+    alone = config.model_copy(
         update={
             "population": PopulationConfig(subproblems=objectives, weights=np.eye(objectives).tolist()),
-            "scalarization": ScalarizationConfig.model_validate(alone),
+            "scalarization": ScalarizationConfig.model_validate(goal),
             "train": config.train.model_copy(update={"steps": steps, "gradient": None}),
             "transfer": TransferConfig(strength=0.0),
             "fine_tune": FineTuneConfig(),
@@ -552,6 +607,7 @@ def single_task(config: Config, objectives: int) -> Config:
             "tracking": config.tracking.model_copy(update={"models": "none"}),
         }
     )
+    return Config.model_validate(alone.resolved())  # all of it is said: the problem's defaults change nothing
 
 
 MAY_CHANGE = (
@@ -572,14 +628,17 @@ def resumed_config(own: Mapping[str, Any], given: str | Path | None, overrides: 
 
     Args:
         own: the run's config, as it was resolved.
-        given: a config file that must say the same, but for keys that may change; None takes the run's own.
+        given: a config file that must say the same as far as it says something, but for keys that may change.
         overrides: `key.path=value`, of keys that may change.
 
     Raises:
         RequestError: keys that may not change differ, all of them listed.
     """
     config = Config.model_validate(dict(own))
-    data = load_config(given).resolved() if given else config.resolved()
+    data = config.resolved()
+    if given:  # what it leaves to the problem's defaults, the run has already
+        said = load_config(given).model_dump(mode="json", exclude_unset=True)
+        data |= {key: {**data[key], **value} if key in MAY_DEFAULT else value for key, value in said.items()}
     for override in overrides:
         _override(data, override)
     try:

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from popmtl.runs.baseline import SINGLE_TASK
 from popmtl.runs.choice import chosen_on_test, figures_of, in_words, knee_of
 from popmtl.runs.comparison import Comparison
+from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
 
 if TYPE_CHECKING:  # they import Ray and torch
     from ray.job_submission import JobDetails
 
+    from popmtl.config import LRScheduleConfig, OptimizerConfig
     from popmtl.distributed.plan import RunPlan
     from popmtl.distributed.progress import Progress
 
@@ -90,6 +93,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("problem", f"{config.problem.name}: {', '.join(plan.objectives)}"),
         ("subproblems", f"{len(plan.W)}, {config.scalarization.name}"),
         ("steps", f"{len(plan.factors)} MTGD" + (f", {plan.aligned.steps} Aligned-MTL" if plan.aligned else "")),
+        ("optimizer", _optimizer(plan)),
         ("actors", plan.placement.describe()),
         ("rows per actor", ", ".join(str(len(rows)) for rows in plan.placement.rows)),
         ("GPUs", f"{len(plan.placement.rows) * plan.placement.gpus:g}"),
@@ -98,8 +102,10 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("overlap", plan.transport.overlap if plan.transfers else "none: nothing transfers"),
         ("parameters", f"{plan.parameters:,} a model, {plan.transferring:,} of them transfer, {dtype}"),
         ("sent per step", _sent(plan)),
-        ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
+        ("memory per actor", _memory(plan)),
     ]
+    if plan.rehearsal.stackable:
+        lines.insert(-2, ("execution", f"loop: {plan.rehearsal.stackable}"))
     if plan.examined:
         lines.insert(-2, ("batches", plan.examined.describe(plan.draws)))
     if plan.aligned and plan.aligned.variant == "exact":
@@ -107,9 +113,11 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     if config.baseline:
         own = f"{len(plan.objectives)} models of one objective each, trained first"
         lines.insert(3, ("baseline", own if config.baseline == SINGLE_TASK else config.baseline))
+    if plan.defaults:
+        lines.append(("of the problem", ", ".join(f"{key}={to_json(value)}" for key, value in plan.defaults.items())))
     grid = Table.grid(padding=(0, 2))
     for name, value in lines:
-        grid.add_row(name, value)
+        grid.add_row(name, escape(value))
     console.print(grid)
     table = _table()
     for name in ("subproblem", f"weights of {', '.join(plan.objectives)}", "keeps of its own"):
@@ -123,10 +131,34 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     print_warnings(console, plan.warnings)
 
 
+def _component(section: OptimizerConfig | LRScheduleConfig) -> str:
+    """A class and its arguments, as one would call it."""
+    arguments = ", ".join(f"{key}={value}" for key, value in (section.model_extra or {}).items())
+    return f"{section.name}({arguments})"
+
+
+def _optimizer(plan: RunPlan) -> str:
+    """The optimizer, its schedules one after the other, and what it steps."""
+    train = plan.config.train
+    given = train.lr_schedule or []
+    schedules = given if isinstance(given, list) else [given]
+    lasting = [_component(one) + (f" for {one.lasts}" if one.lasts else "") for one in schedules]
+    of = "whole rows" if plan.rehearsal.stepping == "rows" else "the model's own parameters"
+    groups = f" with {len(train.optimizer.groups)} groups" if train.optimizer.groups else ""
+    return ", ".join([_component(train.optimizer) + groups, *([" then ".join(lasting)] if lasting else []), f"of {of}"])
+
+
+def _memory(plan: RunPlan) -> str:
+    """What an actor takes; apart what all its members share, where that is much."""
+    constant = plan.rehearsal.constant_bytes
+    once = f"; of it {_bytes(constant)} of frozen parameters and buffers, once" if constant >= 2**20 else ""
+    return f"{_bytes(plan.memory_per_actor())} and activations, {_bytes(plan.memory_per_row())} a member more{once}"
+
+
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
     """One line each."""
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
 def print_front(console: Console, front: Front) -> None:

@@ -40,7 +40,7 @@ from rich.table import Table
 
 from popmtl.config import load_config, single_task
 from popmtl.distributed.placement import local_nodes
-from popmtl.distributed.plan import RunPlan, make_plan, train_in_process
+from popmtl.distributed.plan import RunPlan, full_config, make_plan, train_in_process
 from popmtl.errors import RequestError
 from popmtl.method.delta_m import DeltaM, delta_m
 from popmtl.method.front import hypervolume, non_dominated
@@ -73,8 +73,9 @@ def plan_of(config: str, overrides: list[str], method: str, seed: int) -> RunPla
         RequestError: the config is wrong.
     """
     asked = load_config(config, [*overrides, f"seed={seed}"])
+    problem = load_problem(asked.problem.name, asked.problem.parameters)
+    asked = full_config(asked, problem)
     if method == "single_task":
-        problem = load_problem(asked.problem.name, asked.problem.parameters)
         return make_plan(single_task(asked, len(problem.objectives)), local_nodes())
     budget = [f"train.steps={asked.train.steps + asked.fine_tune.steps}", "fine_tune.steps=0"]
     choices = [*overrides, *METHODS[method], *(() if method == "mtgd+aligned" else budget), f"seed={seed}"]

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from popmtl.config import Config, build_schedule, decisive
+from popmtl.config import Config, build_schedule, decisive, taken, with_defaults
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
 from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Nodes, Placement, place
@@ -56,7 +56,7 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
-        config: as given.
+        config: as given, with the problem's defaults where it says nothing.
         objectives: the m names.
         metrics: names of the further figures, each with the direction that is better.
         tasks: names of the figures that measure each task, see `tasks_of`.
@@ -74,6 +74,7 @@ class RunPlan:
         reference: the figures of single-task models, by split and name, for Δm; None without, or as long as they are
             not trained.
         examined: what a few batches showed of the problem's streams.
+        defaults: what of the config is the problem's, by dotted keys.
     """
 
     config: Config
@@ -93,6 +94,7 @@ class RunPlan:
     warnings: tuple[str, ...]
     examined: Examination
     reference: SingleTask | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -206,6 +208,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
             f"give tracking.uri or {TRACKING}, or tracking.enabled=false"
         )
     problem = load_problem(config.problem.name, config.problem.parameters)
+    given, config = config, full_config(config, problem)
     objectives = tuple(problem.objectives)
     m = len(objectives)
     if m < 2 or len(set(objectives)) != m:
@@ -275,6 +278,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
+    warnings += problem.notices
     return RunPlan(
         config=config,
         objectives=objectives,
@@ -295,7 +299,20 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         warnings=tuple(warnings),
         examined=examined,
         reference=reference,
+        defaults=taken(given, config),
     )
+
+
+def full_config(config: Config, problem: Problem) -> Config:
+    """The config with the problem's defaults where it says nothing.
+
+    Raises:
+        RequestError: these cannot be used; names the problem and the key.
+    """
+    try:
+        return with_defaults(config, problem.defaults)
+    except RequestError as error:
+        raise RequestError(f"problem {config.problem.name}: {error}") from error
 
 
 def replan(plan: RunPlan, placement: Placement) -> RunPlan:

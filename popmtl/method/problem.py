@@ -56,6 +56,9 @@ class Problem(ABC):
             or a tensor of shape (D,). None leaves the parameters free.
         epochs: a stream of batches that ends starts over: what can be iterated again is, and an iterator is made anew
             by `batches` with a seed for that epoch. False: a stream that ends too early is refused, or fails the run.
+        defaults: what a config that does not say otherwise takes: sections `population`, `scalarization`, `train`,
+            `transfer`, `fine_tune` and `front`, with keys and values as in its YAML.
+        notices: what the plan should say of the data, such as how many rows were left out; a sentence each.
     """
 
     objectives: Sequence[str]
@@ -65,6 +68,8 @@ class Problem(ABC):
     ideal_point: Sequence[float] | None = None
     bounds: tuple[float | Tensor, float | Tensor] | None = None
     epochs: bool = False
+    defaults: Mapping[str, Any] = {}
+    notices: Sequence[str] = ()
 
     @abstractmethod
     def model(self) -> nn.Module:
