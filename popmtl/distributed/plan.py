@@ -119,7 +119,7 @@ class RunPlan:
     @property
     def transfers(self) -> bool:
         """Whether any step moves rows."""
-        return self.transferring > 0 and bool(self.factors.any()) and not np.array_equal(self.M, np.eye(len(self.M)))
+        return self.transferring > 0 and _mixes(self.M, self.factors)
 
     @property
     def may_diverge(self) -> bool:
@@ -261,7 +261,11 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     seed = subproblem_seed(recipe.seed, 0)
     examined = _about_problem(config.problem.name, lambda: examine(problem, seed, max(1, draws)))
     stack = config.train.execution != "loop" and not recipe.gradient
-    rehearsal = check_problem(config.problem.name, problem, W, recipe, aligned, examined, stack=stack)
+    factors = schedule_factors(
+        config.transfer.schedule, config.train.steps, config.transfer.final, config.transfer.until
+    )
+    mixes = _mixes(M, factors)
+    rehearsal = check_problem(config.problem.name, problem, W, recipe, aligned, examined, stack=stack, mixes=mixes)
     _check_names(config, rehearsal.scalars)
     if recipe.mix_moments and not entrywise(recipe.optimizer):
         raise RequestError(
@@ -286,9 +290,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         tasks=tasks_of(objectives, problem.tasks),
         W=W,
         M=M,
-        factors=schedule_factors(
-            config.transfer.schedule, config.train.steps, config.transfer.final, config.transfer.until
-        ),
+        factors=factors,
         recipe=recipe,
         aligned=aligned,
         ideal_point=_point("scalarization.ideal_point", config.scalarization.ideal_point, problem.ideal_point, m),
@@ -350,6 +352,7 @@ def check_problem(
     examined: Examination | None = None,
     *,
     stack: bool = False,
+    mixes: bool = True,
 ) -> Rehearsal:
     """Rehearses the run's first steps, on training batches and the first validation batch; see `rehearse`.
 
@@ -361,7 +364,7 @@ def check_problem(
         # With a second batch it matters what batches weigh, and how metric objects are put together.
         by_batches = type(problem).evaluate is Problem.evaluate
         glance = _with_batches(problem, 2 if by_batches else 1)
-        rehearsal = rehearse(glance, W, recipe, aligned, examined, stack=stack)
+        rehearsal = rehearse(glance, W, recipe, aligned, examined, stack=stack, mixes=mixes)
         if by_batches:
             reference = torch.zeros((), dtype=recipe.dtype)
             for split in SPLITS:
@@ -393,6 +396,10 @@ def _with_batches(problem: Problem, count: int) -> Problem:
         lambda split: list(itertools.islice(problem.evaluation_batches(split), count))
     )
     return glance
+
+
+def _mixes(M: Matrix, factors: Matrix) -> bool:
+    return bool(factors.any()) and not np.array_equal(M, np.eye(len(M)))
 
 
 def _draws(recipe: Recipe, aligned: AlignedRecipe | None, steps: int) -> int:

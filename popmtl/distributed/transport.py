@@ -98,7 +98,7 @@ def choose_overlap(name: TransportName, recipe: Recipe, rehearsal: Rehearsal) ->
         return "none: clipping by norm needs the whole gradient", math.inf
     if not rehearsal.leaves_alone:
         return "none: the backward pass reads parameters after their gradients are complete", math.inf
-    if rehearsal.stepping != "rows":
+    if not rehearsal.in_pieces:
         return "none: the optimizer does not treat each entry of a row alone, and all alike", math.inf
     if rehearsal.unreached:
         return f"none: parameters without gradients, such as {rehearsal.unreached[0]}, step on their own", math.inf

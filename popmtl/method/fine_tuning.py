@@ -121,6 +121,7 @@ class FineTuning:
         """
         losses = torch.full_like(self.block.weights, math.nan).repeat(steps, 1, 1)
         measured = np.full((steps, len(self.block.models), len(STABILITY)), math.nan)
+        self.block.gradient_rows.clear()
         self.block.feed.expect(steps * self.recipe.accumulate)
         for n in range(steps):
             before = [len(taken) for taken in self.stability]

@@ -39,10 +39,14 @@ class GradientRows:
             named = dict(model.named_parameters())
             self.parameters.append([named[name] for name in layout.names])
         self.there: list[list[bool] | None] = [None] * len(matrix)
+        self.all_there = [True] * len(layout.names)
 
     def begin(self) -> None:
-        """A new step: no row has a gradient, and no parameter what others may have left in it."""
+        """A new step: no row has a gradient."""
         self.there = [None] * len(self.matrix)
+
+    def clear(self) -> None:
+        """Lets parameters have no gradient that other code may have left in them."""
         for of_row in self.parameters:
             for parameter in of_row:
                 parameter.grad = None
@@ -60,6 +64,17 @@ class GradientRows:
         """
         first = self.there[0 if isinstance(rows, slice) else rows]
         views = self.stacked_views if isinstance(rows, slice) else self.views[rows]
+        if (
+            first is None
+            and which is None
+            and all(leaf.grad is not None and not leaf.grad.is_sparse for leaf in leaves)
+        ):
+            torch._foreach_copy_(views, [leaf.grad for leaf in leaves])
+            for leaf in leaves:
+                leaf.grad = None
+            for i in range(len(self.matrix)) if isinstance(rows, slice) else [rows]:
+                self.there[i] = self.all_there
+            return
         had = first or [False] * len(views)
         has = list(had)
         copied: tuple[list[Tensor], list[Tensor]] = [], []
@@ -73,9 +88,9 @@ class GradientRows:
             if gradient.is_sparse:
                 name = self.layout.names[p]
                 raise ValueError(f"parameter {name} has a sparse gradient; give its module sparse=False")
-            into, gradients = added if had[p] else copied
+            into, taken = added if had[p] else copied
             into.append(views[p])
-            gradients.append(gradient)
+            taken.append(gradient)
             has[p] = True
             leaves[p].grad = None
         if copied[0]:
@@ -97,4 +112,6 @@ class GradientRows:
 
     def complete(self, which: range) -> bool:
         """Whether these parameters have gradients in all rows that have losses."""
-        return all(there is None or all(there[which.start : which.stop]) for there in self.there)
+        return all(
+            there is None or there is self.all_there or all(there[which.start : which.stop]) for there in self.there
+        )

@@ -296,6 +296,7 @@ class Block:
         off_identity = chunk.M - np.eye(len(chunk.M))
         A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
+        self.gradient_rows.clear()
         self.feed.expect(len(chunk) * self.recipe.accumulate)
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None

@@ -45,6 +45,11 @@ ENTRYWISE: tuple[type[Optimizer], ...] = (
 """Optimizers that treat each entry alone, whatever their arguments."""
 
 
+LARGE = 2**15
+"""Entries of a parameter, on average, beyond which stepping parameters one by one is no slower than whole rows: each is
+in the processor's cache while the optimizer goes over it several times."""
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that an optimizer treats in a way of their own.
@@ -328,7 +333,8 @@ class Optimizers:
         self.views = [list(layout.views(gradient).values()) for gradient in gradients]
         self.whole: list[tuple[Optimizer, list[LRScheduler]]] = []
         self.stepping: Stepping = "parameters"
-        if steps_whole_rows(make, lr_schedule, groups, problem, models[0]):
+        small = len(buckets) > 1 or layout.size <= LARGE * len(layout.names)
+        if small and steps_whole_rows(make, lr_schedule, groups, problem, models[0]):
             self.stepping = "rows"
             for bucket in buckets:
                 pieces = [row[bucket.first : bucket.end] for row in rows]

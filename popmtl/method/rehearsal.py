@@ -30,7 +30,7 @@ from popmtl.method.gradients import find_shared, gradients_of
 from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
-from popmtl.method.optimizers import Member, Stepping, make_optimizers
+from popmtl.method.optimizers import Member, Stepping, make_optimizers, steps_whole_rows
 from popmtl.method.problem import Problem, evaluating, parted, to_model
 from popmtl.method.replica import (
     Replication,
@@ -42,7 +42,7 @@ from popmtl.method.replica import (
     python_state,
     tensors_in,
 )
-from popmtl.method.snapshot import RowState, put, put_model, take, take_model
+from popmtl.method.snapshot import RowState, put, take
 from popmtl.method.stacked import why_not_stacked
 from popmtl.method.streams import Examination, first_batch, kept_generators, seed_generators
 
@@ -73,6 +73,7 @@ class Rehearsal:
         replication: how the models of rows can be made.
         generators: "torch", and which other global random generators that draws or losses use.
         stepping: over whole rows, or over the models' own parameters.
+        in_pieces: whether the optimizer treats each entry alone, and all alike, so that pieces of a row may step alone.
         scalars: names of what `losses` reports beside the losses.
         unreached: parameters that got no gradient in any step; they stay as they are.
         shared: names of the parameters that Aligned-MTL aligns; None where nothing asks for them.
@@ -88,6 +89,7 @@ class Rehearsal:
     replication: Replication
     generators: tuple[str, ...]
     stepping: Stepping
+    in_pieces: bool
     scalars: tuple[str, ...]
     unreached: tuple[str, ...]
     shared: tuple[str, ...] | None
@@ -118,6 +120,7 @@ def rehearse(
     examined: Examination | None = None,
     *,
     stack: bool = False,
+    mixes: bool = True,
 ) -> Rehearsal:
     """Takes the first steps of the first and the last row beside plain torch, on the CPU.
 
@@ -128,6 +131,7 @@ def rehearse(
         aligned: of the fine-tuning stage.
         examined: what is known of the streams of batches.
         stack: whether rows may be stacked.
+        mixes: whether anything transfers.
 
     Raises:
         Mismatch: a row does something else than the model itself, naming the parameter, buffer or method.
@@ -141,11 +145,13 @@ def rehearse(
         started = time.perf_counter()
         _glance(problem, model, recipe)
         short = time.perf_counter() - started > LONG
+        if mixes:
+            _refuse_jumps(problem, model, recipe)
         del model
 
         def rehearsed(replication: Replication) -> Rehearsal:
             by = replace(recipe, replication=replication)
-            return _Rehearsing(problem, W, by, aligned, examined, stack, short, reached).run(warnings)
+            return _Rehearsing(problem, W, by, aligned, examined, stack, short, reached, mixes).run(warnings)
 
         try:
             return rehearsed("copy")
@@ -215,6 +221,42 @@ def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def _refuse_jumps(problem: Problem, model: nn.Module, recipe: Recipe) -> None:
+    """Moves the parameters that transfer by rounding, as an average of equal values may.
+
+    Raises:
+        ValueError: the losses jump, naming the parameter.
+    """
+    layout, named = Layout.of(model, problem.transfers), dict(model.named_parameters())
+    names = layout.names[: layout.moving]
+    shrink = 1 - 4 * torch.finfo(recipe.dtype).eps
+    batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+
+    def losses() -> Tensor:
+        seed_generators(recipe.seed)
+        with evaluating(model):
+            return parted(problem.losses(model, _copied(batch)))[0].double()
+
+    def jump(moved: Sequence[str]) -> bool:
+        kept = {name: named[name].detach().clone() for name in moved}
+        before = losses()
+        for name in moved:
+            named[name].data.mul_(shrink)
+        after = losses()
+        for name in moved:
+            named[name].data.copy_(kept[name])
+        return bool(before.isfinite().all()) and not _close(after, before, CONTINUITY)
+
+    if jump(()) or not jump(names):  # a model that remembers its calls gives nothing to tell by
+        return
+    guilty = [name for name in names if jump([name])] or list(names)
+    raise ValueError(
+        f"the losses jump when parameter {guilty[0]} changes by rounding, as a transfer changes it: they do not depend "
+        "on it continuously (householder maps of parametrizations.orthogonal keep signs in it); take another "
+        "parametrization, or leave the parameter out by transfers()"
+    )
+
+
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
@@ -256,7 +298,9 @@ class _Rehearsing:
         stack: bool,
         short: bool,
         reached: set[str],
+        mixes: bool,
     ) -> None:
+        self.mixes = mixes
         self.at_a_glance = reached
         self.problem, self.aligned, self.stack = problem, aligned, stack
         self.recipe = replace(recipe, generators=("torch", "numpy", "random"), mix_moments=False)
@@ -276,6 +320,7 @@ class _Rehearsing:
             Member(self.layout.names, model, self._optimizers(model, recipe), recipe.lr_schedule) for model in self.own
         ]
         self.stepping = self.block.optimizers.stepping
+        self.in_pieces = steps_whole_rows(recipe.optimizer, recipe.lr_schedule, recipe.groups, problem, self.own[0])
         self.draws: list[list[Draw]] = [[] for _ in self.rows]
         self.used: set[str] = set()
         self.scalars: set[str] = set()
@@ -322,8 +367,6 @@ class _Rehearsing:
         self._compare_evaluation()
         if not self.short and not any(block.out):
             self._read_back(kept, ideal)
-        if self.layout.moving:
-            self._move_by_rounding()
         optimizer_bytes = sum(t.nbytes for n, t in take(block, block.optimizers)[0].tensors.items() if "optimizer" in n)
         model = block.models[0]
         own = sum(value.nbytes for value in own_constants(model, block.initial, self.layout.names).values())
@@ -354,6 +397,7 @@ class _Rehearsing:
             replication=self.recipe.replication,
             generators=("torch", *sorted(self.used)),
             stepping=self.stepping,
+            in_pieces=self.in_pieces,
             scalars=tuple(sorted(self.scalars)),
             unreached=tuple(unreached),
             shared=self.recipe.shared,
@@ -376,7 +420,7 @@ class _Rehearsing:
             _restore(model, constants(of_row, self.layout.names))
         before = [self._flat(model) for model in self.own]
         A = (self._coefficients() - torch.eye(len(self.rows))).to(block.rows)
-        mixes = self.layout.moving and len(self.rows) > 1
+        mixes = self.mixes and self.layout.moving and len(self.rows) > 1
         losses = block.step(t, ideal, A if mixes else None, deferred(LocalProduct()))
         if any(block.out):
             if not t:
@@ -421,7 +465,7 @@ class _Rehearsing:
 
     def _mix(self, before: Sequence[Tensor]) -> None:
         """Mixes the models' own parameters as the order says, in plain algebra, and keeps the bounds."""
-        M, S = self._coefficients().to(self.recipe.dtype), self.layout.transferring
+        M, S = self._coefficients().to(self.recipe.dtype), self.layout.transferring if self.mixes else 0
         X, stepped = torch.stack(list(before)), torch.stack([self._flat(model) for model in self.own])
         if self.recipe.order == "consensus":
             stepped[:, :S] += M @ X[:, :S] - X[:, :S]
@@ -573,42 +617,6 @@ class _Rehearsing:
                     f"{own.objectives.tolist()} of the model itself"
                 )
         self.block.awaited = None
-
-    def _move_by_rounding(self) -> None:
-        """Moves each parameter that transfers by rounding: an average of equal values may do so.
-
-        Raises:
-            ValueError: the losses jump, naming the parameter.
-        """
-        model, draw = self.block.models[0], self.draws[0][0]
-        named = dict(model.named_parameters())
-        names = self.layout.names[: self.layout.moving]
-        shrink = 1 - 4 * torch.finfo(self.recipe.dtype).eps
-
-        def losses() -> Tensor:
-            _set_random_states(draw.states)
-            with evaluating(model):
-                return parted(self.problem.losses(model, _copied(draw.batch)))[0].double()
-
-        def jump(moved: Sequence[str]) -> bool:
-            state = take_model(self.block, 0)
-            before = losses()
-            put_model(self.block, 0, state)
-            for name in moved:
-                named[name].data.mul_(shrink)
-            after = losses()
-            put_model(self.block, 0, state)
-            return bool(before.isfinite().all()) and not _close(after, before, CONTINUITY)
-
-        if jump(()):
-            return  # a model that remembers its calls: nothing to tell by
-        if jump(names):
-            guilty = [name for name in names if jump([name])] or list(names)
-            raise ValueError(
-                f"the losses jump when parameter {guilty[0]} changes by rounding, as a transfer changes it: they do "
-                "not depend on it continuously (householder maps of parametrizations.orthogonal keep signs in it); "
-                "take another parametrization, or leave the parameter out by transfers()"
-            )
 
     def _fine_tune(self, aligned: AlignedRecipe, ideal: Tensor) -> None:
         """One step of the stage beside plain autograd."""

@@ -266,7 +266,7 @@ def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
             raise NotStackable("other parameters have gradients when they are stacked")
     finally:
         block.rows.copy_(kept)
-        taken.begin()
+        taken.clear()
     trial.recipe = block.recipe
     return by_loop, by_stack
 

@@ -361,7 +361,7 @@ LOOPED = {
     "list": (Losses(lambda f: f / sum(f.tolist())), "the losses read numbers out of a tensor"),
     "mask": (Losses(lambda f: f * f[f > 0].mean()), "the losses make a tensor whose shape depends on values"),
     "in place": (Losses(lambda f: f * torch.ones(2).to(f).mul_(f.detach())), "a tensor that all rows share is changed"),
-    "function": (Losses(Doubling.apply), "RuntimeError: In order to use an autograd.Function"),
+    "function": (Losses(Doubling.apply), "an autograd.Function of its own, which vmap does not know"),
     "kept aside": (Aside(True), "stacked losses differ"),
     "kept aside, no gradient": (Aside(False), "stacked losses differ"),
     "mistake": (Losses(lambda f: {}[f.ndim]), "KeyError: 1"),
