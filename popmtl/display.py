@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from popmtl.method.front import Hypervolume, exact_points
 from popmtl.runs.baseline import SINGLE_TASK
 from popmtl.runs.choice import in_words, knee_of
 from popmtl.runs.comparison import Comparison
@@ -100,6 +101,10 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("sent per step", _sent(plan)),
         ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
     ]
+    m, exact = len(plan.objectives), exact_points(len(plan.objectives))
+    if len(plan.W) > exact:
+        estimated = f"estimated, with its error, where more than {exact} of {len(plan.W)} models are non-dominated"
+        lines.insert(3, ("hypervolume", f"{estimated}: the exact one of {m} objectives takes too long"))
     if plan.aligned and plan.aligned.variant == "exact":
         lines.insert(-2, ("aligned", f"{plan.shared:,} shared parameters"))
     if config.baseline:
@@ -131,7 +136,7 @@ def print_front(console: Console, front: Front) -> None:
     """The front as a table; dominated members are dim and have no star, the knee has a k."""
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
-    title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.hypervolume:.5g} at ({point})"
+    title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.volume:.5g} at ({point})"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
     knee = knee_of(front)
@@ -188,7 +193,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         table.add_column(name, justify="right", overflow="fold")
     for i, name in enumerate(comparison.names):
         best = [f"{value:.4g}" for value in comparison.best[i]]
-        size, volume, share = comparison.sizes[i], comparison.hypervolumes[i], comparison.shares[i]
+        size, share = comparison.sizes[i], comparison.shares[i]
+        volume = Hypervolume(comparison.hypervolumes[i], comparison.hypervolume_errors[i])
         table.add_row(f"{i + 1} {name}", str(size), f"{volume:.5g}", _share(share), *best)
     console.print(table)
     console.print("share: of the models that no other run's dominates either", style="dim", highlight=False)
@@ -210,7 +216,8 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
     for folder, state in zip(folders, states(folders), strict=True):
         last: dict[str, Any] = next(reversed(folder.metrics()), {})
         figure = last.get("hypervolume")
-        table.add_row(folder.name, state, str(last.get("step", "")), f"{figure:.5g}" if figure else "")
+        shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure else ""
+        table.add_row(folder.name, state, str(last.get("step", "")), shown)
     console.print(table)
 
 

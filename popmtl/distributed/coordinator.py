@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from popmtl.distributed.crew import Crew, nodes_now, room
-from popmtl.distributed.metrics import GENERATION, HYPERVOLUME, RECOVERIES, STEP, STEPS_PER_SECOND, Metrics
+from popmtl.distributed.metrics import (
+    GENERATION,
+    HYPERVOLUME,
+    HYPERVOLUME_ERROR,
+    RECOVERIES,
+    STEP,
+    STEPS_PER_SECOND,
+    Metrics,
+)
 from popmtl.distributed.placement import place
 from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
 from popmtl.distributed.profile import steps_needed
@@ -32,7 +40,7 @@ from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.delta_m import delta_m
 from popmtl.method.fine_tuning import STABILITY, FineTuned
-from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
 from popmtl.method.population import objective_matrix
 from popmtl.method.problem import Direction, Evaluation
 from popmtl.method.reseeding import Combination
@@ -132,7 +140,9 @@ class Coordinator:
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
         complaints = await self._end("FINISHED")
-        self.folder.append_event("finished", hypervolume=report.front.hypervolume, tracking=complaints)
+        front = report.front
+        figures = {"hypervolume": front.hypervolume, "hypervolume_error": front.hypervolume_error}
+        self.folder.append_event("finished", **figures, tracking=complaints)
         location = self.sink.location if self.sink else None
         return replace(report, location=location, complaints=complaints, unwritten=self._unwritten())
 
@@ -242,6 +252,7 @@ class Coordinator:
             "executions": self.executions,
             "course": self.course.state(),
             "hypervolume": self.course.history[-1].hypervolume,
+            "hypervolume_error": self.course.history[-1].hypervolume_error,
             "identity": self.plan.identity,
         }
         self.pending, self.last_checkpoint = (name, record), time.monotonic()
@@ -425,12 +436,15 @@ class Coordinator:
 
     def _record(self, stage: str, seen: Observation, more: Mapping[str, Any] | None = None) -> None:
         """Writes an evaluation on the validation split to the run folder and to MLflow."""
-        self.now = replace(self.now, hypervolume=seen.hypervolume)
-        self.metrics.tell(HYPERVOLUME, seen.hypervolume)
-        record = {"stage": stage, "step": seen.step, "hypervolume": seen.hypervolume, "front_size": seen.front_size}
+        volume = Hypervolume(seen.hypervolume, seen.hypervolume_error)
+        self.now = replace(self.now, hypervolume=volume)
+        self.metrics.tell(HYPERVOLUME, volume.value)
+        self.metrics.tell(HYPERVOLUME_ERROR, volume.error or 0.0)
+        record = {"stage": stage, "step": seen.step, "hypervolume": volume.value, "hypervolume_error": volume.error}
+        record["front_size"] = seen.front_size
         self.folder.append_metrics({**record, "validation": seen.F.tolist(), **(more or {})})
         if self.sink:
-            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F)
+            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F, seen.hypervolume_error)
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
@@ -490,10 +504,12 @@ class Coordinator:
                 medians = [getattr(one, name) for name in STABILITY]
                 found |= zip(STABILITY_METRICS, [math.nan if x is None else x for x in medians], strict=True)
         assert self.course.reference_point is not None
+        volume = measured_hypervolume(F, self.course.reference_point)
         front = Front(
             objectives=list(plan.objectives),
             reference_point=self.course.reference_point.tolist(),
-            hypervolume=hypervolume(F, self.course.reference_point),
+            hypervolume=volume.value,
+            hypervolume_error=volume.error,
             seed=plan.recipe.seed,
             steps=len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
             members=[

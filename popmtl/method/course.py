@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.front import measured_hypervolume, non_dominated
 from popmtl.method.mtgd import Chunk, Departure
 from popmtl.method.reseeding import MAX_RESEEDS, Reseeding, reseeding
 
@@ -24,12 +24,16 @@ REFERENCE_MARGIN = 0.1
 
 @dataclass(frozen=True)
 class Observation:
-    """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count."""
+    """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count.
+
+    `hypervolume_error` is that of an estimate, see `Hypervolume`; None where the hypervolume is exact.
+    """
 
     step: int
     F: Matrix
     hypervolume: float
     front_size: int
+    hypervolume_error: float | None = None
 
 
 class Course:
@@ -112,7 +116,8 @@ class Course:
         """The objective values F, shape (N, m), of a step, measured from the run's reference point."""
         if self.reference_point is None:
             raise ValueError("the population must be observed once, to have a reference point")
-        return Observation(step, F, hypervolume(F, self.reference_point), int(non_dominated(F).sum()))
+        volume = measured_hypervolume(F, self.reference_point)
+        return Observation(step, F, volume.value, int(non_dominated(F).sum()), volume.error)
 
     def state(self) -> dict[str, Any]:
         """Where the course stands, as JSON can hold it."""
@@ -120,7 +125,7 @@ class Course:
             "step": self.step,
             "ideal": None if self.ideal is None else self.ideal.tolist(),
             "reference_point": None if self.reference_point is None else self.reference_point.tolist(),
-            "history": [{"step": seen.step, "F": seen.F.tolist()} for seen in self.history],
+            "history": [{**vars(seen), "F": seen.F.tolist()} for seen in self.history],
             "out": [asdict(departed) for departed in self.out.values()],
             "reseeds": list(self.reseeds),
         }
@@ -131,8 +136,12 @@ class Course:
         self.ideal = None if state["ideal"] is None else np.asarray(state["ideal"], dtype=np.float64)
         if state["reference_point"] is not None:
             self.reference_point = np.asarray(state["reference_point"], dtype=np.float64)
-        seen = [(record["step"], np.asarray(record["F"], dtype=np.float64)) for record in state["history"]]
-        self.history = [self.measure(F, step) for step, F in seen]
+        self.history = []
+        for seen in state["history"]:
+            F = np.asarray(seen["F"], dtype=np.float64)
+            # Checkpoints of earlier versions do not hold it; to estimate it again takes a while each.
+            known = "hypervolume" in seen
+            self.history.append(Observation(**{**seen, "F": F}) if known else self.measure(F, seen["step"]))
         self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
         self.reseeds = list(state["reseeds"])
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from popmtl.errors import CheckpointDamaged, RequestError
+from popmtl.method.front import Hypervolume
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import PART_BYTES, said
 
@@ -214,16 +215,18 @@ def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:
     found = checkpoints(folder)
     kept = found[:count]
     if best and found:
-        kept.append(max(found, key=lambda checkpoint: hypervolume_of(folder, checkpoint) or -math.inf))
+        volumes = {checkpoint: hypervolume_of(folder, checkpoint) for checkpoint in found}
+        kept.append(max(found, key=lambda checkpoint: volume.value if (volume := volumes[checkpoint]) else -math.inf))
     for checkpoint in _begun(folder):
         if kept and checkpoint not in kept and checkpoint < kept[0]:
             discard(folder, checkpoint)
 
 
-def hypervolume_of(folder: RunFolder, checkpoint: str) -> float | None:
+def hypervolume_of(folder: RunFolder, checkpoint: str) -> Hypervolume | None:
     """The hypervolume of the last evaluation before a checkpoint; None where its course cannot be read."""
     try:
-        return float(json.loads(folder.read(f"{checkpoint}/{COURSE}"))["hypervolume"])
+        course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
+        return Hypervolume(float(course["hypervolume"]), course.get("hypervolume_error"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

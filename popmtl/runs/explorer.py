@@ -31,7 +31,7 @@ class Loading:
     picker: str | None = None
 
 
-def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]], loading: Loading) -> str:
+def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | None]], loading: Loading) -> str:
     """The page as HTML, which needs no network and no other file.
 
     It chooses as `popmtl.method.front.pick` and `knee` do.
@@ -39,7 +39,8 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     Args:
         front: the Pareto set.
         title: the page's heading.
-        history: steps, each with the hypervolume on the validation split; of many, evenly spaced ones are drawn.
+        history: steps, each with the hypervolume on the validation split, and its error where it is an estimate; of
+            many, evenly spaced ones are drawn.
         loading: what the code that the page shows refers to.
     """
     names = list(dict.fromkeys([*front.metrics, *(name for member in front.members for name in member.metrics)]))
@@ -49,6 +50,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
         "metrics": [{"name": name, "better": front.metrics.get(name)} for name in names],
         "reference": front.reference_point,
         "hypervolume": front.hypervolume,
+        "hypervolumeError": front.hypervolume_error,
         "steps": front.steps,
         "augmentation": AUGMENTATION,
         "members": [
@@ -78,7 +80,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     return before + text + after
 
 
-def _thinned(history: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+def _thinned(history: Sequence[Sequence[float | None]]) -> Sequence[Sequence[float | None]]:
     """At most about so many points, the last among them."""
     every = -(-len(history) // POINTS) or 1
     return history[::-1][::every][::-1]

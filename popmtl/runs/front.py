@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from popmtl.method.front import Hypervolume
 from popmtl.runs.files import to_json
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -50,12 +51,13 @@ class Front:
     Attributes:
         objectives: the m names.
         reference_point: where the hypervolume is measured from, m numbers.
-        hypervolume: of the members' objective values.
+        hypervolume: of the members' objective values; an estimate where `hypervolume_error` is a number.
         seed: the run's seed.
         steps: training steps that each member took.
         members: all members, dominated ones too, by subproblem.
         metrics: names of the members' further figures, each with the direction that is better.
         baseline: figures of single-task models that the members' Δm is measured against, by name; empty without.
+        hypervolume_error: half the width of the estimate's 95 % interval; None where the hypervolume is exact.
     """
 
     objectives: Sequence[str]
@@ -66,6 +68,12 @@ class Front:
     members: Sequence[Member]
     metrics: Mapping[str, Direction] = field(default_factory=dict)
     baseline: Mapping[str, float] = field(default_factory=dict)
+    hypervolume_error: float | None = None
+
+    @property
+    def volume(self) -> Hypervolume:
+        """The hypervolume, to be shown: an estimate says that it is one."""
+        return Hypervolume(self.hypervolume, self.hypervolume_error)
 
     def to_json(self) -> str:
         """The content of front.json; a value that is not finite is null."""
@@ -102,6 +110,7 @@ class Front:
             ],
             metrics=content.get("metrics", {}),
             baseline=content.get("baseline", {}),
+            hypervolume_error=content.get("hypervolume_error"),
         )
 
 

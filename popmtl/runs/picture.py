@@ -61,7 +61,7 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
     else:
         axes.set_axis_off()
     axes.set_title(
-        f"{best.sum()} of {len(front.members)} members non-dominated, hypervolume {front.hypervolume:.4g}",
+        f"{best.sum()} of {len(front.members)} members non-dominated, hypervolume {front.volume:.4g}",
         loc="left",
         fontsize=11,
         pad=8 + 13 * len(notes),

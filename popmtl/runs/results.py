@@ -40,9 +40,9 @@ def write_front(folder: RunFolder, front: Front) -> None:
     write_result(folder, "pareto/front.json", front.to_json().encode())
 
 
-def hypervolumes(folder: RunFolder) -> list[tuple[int, float]]:
-    """The hypervolume on the validation split after so many steps, at each evaluation of a run."""
-    return [(line["step"], line["hypervolume"]) for line in folder.metrics()]
+def hypervolumes(folder: RunFolder) -> list[tuple[int, float, float | None]]:
+    """For each evaluation of a run, its step, the hypervolume on the validation split, and the error of an estimate."""
+    return [(line["step"], line["hypervolume"], line.get("hypervolume_error")) for line in folder.metrics()]
 
 
 def write_result(folder: RunFolder, name: str, content: bytes) -> None:

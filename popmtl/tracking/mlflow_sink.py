@@ -2,7 +2,8 @@
 
     experiment "popmtl/<config>"
     └─ run "<run name>"       popmtl.kind=front   params: the config
-       │                      metrics: hypervolume, front/size, objective/hypervolume
+       │                      metrics: hypervolume, front/size, objective/hypervolume; of estimates
+       │                      hypervolume_error, objective/hypervolume_error and the tag popmtl.hypervolume
        │                      artifacts: config.yaml, pareto/{explorer.html,front.json,front.csv,front.png}
        │                      model "front", which chooses; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
@@ -166,7 +167,14 @@ class MlflowSink:
             return None
         return Location(self.uri, sent.experiment_id, sent.parent)
 
-    def log_evaluation(self, step: int, hypervolume: float, front_size: int, validation: ArrayLike) -> None:
+    def log_evaluation(
+        self,
+        step: int,
+        hypervolume: float,
+        front_size: int,
+        validation: ArrayLike,
+        hypervolume_error: float | None = None,
+    ) -> None:
         """Logs an evaluation of the whole population; one of a step that is logged already is left out.
 
         Args:
@@ -174,9 +182,11 @@ class MlflowSink:
             hypervolume: of the validation losses.
             front_size: how many members are non-dominated.
             validation: validation losses, shape (N, m).
+            hypervolume_error: of an estimate.
         """
         losses = np.asarray(validation, dtype=np.float64)
-        content = {"step": step, "hypervolume": hypervolume, "front_size": front_size, "losses": losses}
+        figures = {"hypervolume": hypervolume, "hypervolume_error": hypervolume_error, "front_size": front_size}
+        content = {"step": step, **figures, "losses": losses}
         self._outbox.add("evaluation", content, f"evaluation {step}")
 
     def log_training_losses(self, steps: ArrayLike, losses: ArrayLike) -> None:
@@ -222,7 +232,8 @@ class MlflowSink:
             front: the Pareto set, which has been written to the run's folder.
             models: which members' models to log: the non-dominated ones, all, or none.
         """
-        self._outbox.add("front", {"hypervolume": front.hypervolume, "step": front.steps}, "front")
+        figures = {"hypervolume": front.hypervolume, "hypervolume_error": front.hypervolume_error}
+        self._outbox.add("front", {**figures, "step": front.steps}, "front")
         for member in front.members:
             logged = member.lost is None and (models == "all" or (models == "front" and member.non_dominated))
             content = {**asdict(member), "step": front.steps, "with_model": logged}

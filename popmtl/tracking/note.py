@@ -41,7 +41,7 @@ def note(front: Front, versions: Mapping[str, str]) -> str:
     best = sum(member.non_dominated for member in front.members)
     point = ", ".join(f"{x:.4g}" for x in front.reference_point)
     lines = [
-        f"**{len(front.members)} models, {best} of them non-dominated; hypervolume {front.hypervolume:.5g}** at "
+        f"**{len(front.members)} models, {best} of them non-dominated; hypervolume {front.volume:.5g}** at "
         f"({point}), on the test split.",
         "",
         "Choose one in *Artifacts* → `pareto/explorer.html`.",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from popmtl.errors import CheckpointDamaged
+from popmtl.method.front import Hypervolume
 from popmtl.runs.checkpoint import (
     checkpoint_name,
     checkpoints,
@@ -176,7 +177,7 @@ def test_the_best_one_is_kept_on_request(folder):
     folder.write(f"{checkpoint_name(200)}/course.json", b"no course")
     keep_last(folder, 2, best=True)
     assert checkpoints(folder) == [checkpoint_name(step) for step in (700, 600, 500)]
-    assert hypervolume_of(folder, checkpoint_name(500)) == 3.0
+    assert hypervolume_of(folder, checkpoint_name(500)) == Hypervolume(3.0)
     keep_last(folder, 1)
     assert checkpoints(folder) == [checkpoint_name(700)]
 

@@ -262,6 +262,20 @@ def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplo
     assert (run.data.metrics["hypervolume"], run.info.status) == (0.5, "FINISHED")
 
 
+def test_an_estimated_hypervolume_has_its_error_and_a_tag(logged, storage):
+    folder, front = finished_folder(storage, "run-g", [TwoHeadsModel() for _ in range(3)])
+    sink = MlflowSink.open(Settings(experiment="g"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), 0.01)
+    sink.log_front(replace(front, hypervolume_error=0.02), "none")
+    assert sink.close("FINISHED", timeout=60) == []
+    run = logged.client.get_run(sink.location.run_id)
+    assert (run.data.metrics["hypervolume"], run.data.metrics["hypervolume_error"]) == (0.5, 0.01)
+    assert run.data.metrics["objective/hypervolume_error"] == 0.02
+    assert run.data.tags["popmtl.hypervolume"].startswith("estimated")
+    assert "hypervolume_error" not in logged.parent.data.metrics
+    assert "popmtl.hypervolume" not in logged.parent.data.tags
+
+
 def test_close_waits_no_longer_than_told(logged, storage, monkeypatch):
     folder, front = finished_folder(storage, "run-f", [TwoHeadsModel() for _ in range(3)])
     answered = threading.Event()
