@@ -101,6 +101,12 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("sent per step", _sent(plan)),
         ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
     ]
+    if stop := plan.stop:
+        patience = f"{stop.patience} evaluations without an improvement" if stop.patience else ""
+        if stop.min_improvement:
+            patience += f" by more than {stop.min_improvement:.3g} of the hypervolume"
+        hours = f"{stop.max_hours:.3g} hours" if stop.max_hours else ""
+        lines.insert(3, ("stops early", f"after {' or '.join(filter(None, (patience, hours)))}"))
     m, exact = len(plan.objectives), exact_points(len(plan.objectives))
     if len(plan.W) > exact:
         estimated = f"estimated, with its error, where more than {exact} of {len(plan.W)} models are non-dominated"
@@ -136,7 +142,8 @@ def print_front(console: Console, front: Front) -> None:
     """The front as a table; dominated members are dim and have no star, the knee has a k."""
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
-    title = f"Pareto front, test split: {size} non-dominated, hypervolume {front.volume:.5g} at ({point})"
+    which = f" of the best evaluation, step {front.steps}" if front.best else ""
+    title = f"Pareto front{which}, test split: {size} non-dominated, hypervolume {front.volume:.5g} at ({point})"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
     knee = knee_of(front)

@@ -95,7 +95,7 @@ def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str
         "seed": seed,
         "models": len(plan.W),
         "parameters": plan.parameters,
-        "steps": len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
+        "steps": population.history[-1].step + (plan.aligned.steps if plan.aligned else 0),
         "seconds": seconds,
         "values": values,
         "tasks": plan.tasks,

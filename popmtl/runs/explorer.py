@@ -69,6 +69,7 @@ def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | N
         ],
         "history": _thinned(history),
         "run": loading.run,
+        "fromBest": front.best,
         "models": loading.models,
         "picker": loading.picker,
     }

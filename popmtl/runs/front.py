@@ -14,6 +14,11 @@ from popmtl.runs.files import to_json
 if TYPE_CHECKING:  # torch takes seconds to import
     from popmtl.method.problem import Direction
 
+LAST, BEST = "pareto", "pareto/best"
+"""Where a run's fronts lie in its folder: that of its end, and that of the best evaluation."""
+
+PLACES = {"last": LAST, "best": BEST}
+
 Stage = Literal["mtgd", "aligned_mtl"]
 
 
@@ -57,6 +62,8 @@ class Front:
         members: all members, dominated ones too, by subproblem.
         metrics: names of the members' further figures, each with the direction that is better.
         baseline: figures of single-task models that the members' Δm is measured against, by name; empty without.
+        best: whether it is of the models as they were at the evaluation with the largest validation hypervolume; if
+            not, of those that the run ended with.
         hypervolume_error: half the width of the estimate's 95 % interval; None where the hypervolume is exact.
     """
 
@@ -69,6 +76,12 @@ class Front:
     metrics: Mapping[str, Direction] = field(default_factory=dict)
     baseline: Mapping[str, float] = field(default_factory=dict)
     hypervolume_error: float | None = None
+    best: bool = False
+
+    @property
+    def place(self) -> str:
+        """Its folder in that of the run."""
+        return BEST if self.best else LAST
 
     @property
     def volume(self) -> Hypervolume:
@@ -111,6 +124,7 @@ class Front:
             metrics=content.get("metrics", {}),
             baseline=content.get("baseline", {}),
             hypervolume_error=content.get("hypervolume_error"),
+            best=content.get("best", False),
         )
 
 

@@ -112,7 +112,7 @@ class Sender:
         self._points: defaultdict[str, list[Metric]] = defaultdict(list)
         self._kinds: Mapping[str, Callable[[Entry], None]] = {
             "opening": self._open,
-            "file": lambda entry: self._log_file(entry["name"]),
+            "file": lambda entry: self._log_file(entry["name"], entry.get("place")),
             "evaluation": self._log_evaluation,
             "training losses": lambda entry: self._log_curves("train/loss", self._objectives, entry),
             "stability": lambda entry: self._log_curves("aligned_mtl", STABILITY, entry),

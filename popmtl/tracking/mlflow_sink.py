@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front
+from popmtl.runs.front import BEST, Front
 from popmtl.tracking.links import Location, is_served
 from popmtl.tracking.outbox import JOURNAL, Entry, Outbox
 
@@ -241,6 +241,11 @@ class MlflowSink:
         if models != "none":
             self._outbox.add("picker", {"step": front.steps}, "picker")
         self._outbox.add("explorer", {}, "explorer")
+
+    def log_best_front(self) -> None:
+        """Logs the files of the front of the best evaluation, which have been written to the run's folder."""
+        for name in ("front.json", "front.csv", "front.png", "explorer.html"):
+            self._outbox.add("file", {"name": f"{BEST}/{name}", "place": BEST}, f"file {BEST}/{name}")
 
     def close(self, status: Status, timeout: float | None = None) -> list[str]:
         """Sends what is left and ends the runs.

@@ -60,6 +60,7 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
         "reference_point": [1.0, 1.0],
         "hypervolume": 0.36,
         "hypervolume_error": None,
+        "best": False,
         "metrics": {"accuracy": "higher"},
         "baseline": {},
         "seed": 7,
