@@ -205,9 +205,9 @@ def test_a_model_that_cannot_be_exported_is_logged_with_the_code_that_builds_it(
 
 
 def test_a_model_that_cannot_be_logged_at_all_keeps_its_figures(logged, storage, monkeypatch):
-    folder, front = finished_folder(storage, "run-estimated", [TwoHeadsModel() for _ in range(3)])
+    folder, front = finished_folder(storage, "run-g", [TwoHeadsModel() for _ in range(3)])
     monkeypatch.setattr(models.Models, "save_member", lambda *_: 1 / 0)
-    sink = MlflowSink.open(Settings(experiment="estimated"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink = MlflowSink.open(Settings(experiment="g"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
     sink.log_front(front, "front")
     messages = sink.close("FINISHED", timeout=120)
     assert [message.partition(":")[0] for message in messages] == [
