@@ -66,6 +66,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.resumption import find_checkpoint
     from popmtl.runs.baseline import SINGLE_TASK
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
+    from popmtl.runs.front import BEST
     from popmtl.runs.storage import split
     from popmtl.tracking.links import where_to_look
 
@@ -129,6 +130,8 @@ def train(options: argparse.Namespace) -> None:
         console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
     for what, file in (("explore", "explorer.html"), ("picture", "front.png"), ("models ", "models")):
         console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
+    if folder.files.entry(f"{BEST}/front.json"):
+        console.print(f"best    {folder.files.where(BEST)}: popmtl front --from best", highlight=False, soft_wrap=True)
     if options.profile:  # what was said while it ran may have come too late to be shown
         for event in [event for event in folder.events() if event["kind"] == "profile"][-1:]:
             console.print(f"profile {event['trace']}", highlight=False, soft_wrap=True)
@@ -282,11 +285,12 @@ def front(options: argparse.Namespace) -> None:
     from popmtl.display import print_front
     from popmtl.runs.choice import finished_front
     from popmtl.runs.folder import RunFolder
+    from popmtl.runs.front import PLACES
 
     folder = RunFolder(options.run)
     with _reading(options.run):
-        found = finished_front(folder)
-        content = folder.read("pareto/front.json").decode()
+        found = finished_front(folder, place := PLACES[options.source])
+        content = folder.read(f"{place}/front.json").decode()
     if options.plot:
         from popmtl.runs.picture import draw_front
 
@@ -304,12 +308,13 @@ def pick(options: argparse.Namespace) -> None:
     from popmtl.runs.export import export
     from popmtl.runs.files import to_json
     from popmtl.runs.folder import RunFolder
+    from popmtl.runs.front import PLACES
 
     if not (options.preference or options.knee or options.best or options.where):
         raise RequestError("pick: give --preference, --knee or --best, or --where alone")
     folder = RunFolder(options.run)
     with _reading(options.run):
-        found = finished_front(folder)
+        found = finished_front(folder, PLACES[options.source])
     choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
     member = choice.member.subproblem
     warnings = [warning] if (warning := chosen_on_test(found)) else []
@@ -468,6 +473,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("front", help="show the front of a finished run")
     command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
     command.add_argument("--json", action="store_true", help="print front.json and nothing else")
+    _add_from(command)
     command.add_argument(
         "--plot", nargs="?", const="front.png", metavar="FILE.png", help="draw it; default: front.png, here"
     )
@@ -488,6 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--where", action="append", default=[], metavar="CONSTRAINT", help="such as 'accuracy>=0.95'; may be repeated"
     )
+    _add_from(command)
     command.add_argument("--export", metavar="DIR", help="write weights, torch.export program and model card there")
     command.add_argument("--json", action="store_true", help="print the choice as JSON and nothing else")
     command.set_defaults(call=pick)
@@ -569,6 +576,16 @@ def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command = commands.add_parser("stop", parents=[address], help="interrupt a run that was submitted")
     command.add_argument("job", metavar="JOB", help="see popmtl status")
     command.set_defaults(call=stop)
+
+
+def _add_from(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--from",
+        dest="source",
+        choices=("last", "best"),
+        default="last",
+        help="the models of the end, or of the best evaluation on the validation split (front.best); default: last",
+    )
 
 
 def _numbers(text: str) -> list[float]:

@@ -32,6 +32,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from popmtl.errors import RequestError, nearest
 from popmtl.method.aligned_mtl import SCALES
+from popmtl.method.course import Stop
 from popmtl.method.decomposition import MIN_WEIGHT
 from popmtl.method.gradients import GradientMethod, gradient_method
 from popmtl.method.mtgd import ORDERS, PRECISIONS
@@ -334,6 +335,26 @@ class GradientConfig(BaseModel):
         return partial(gradient_method, self.name, tasks, **(self.model_extra or {}))
 
 
+class StopConfig(_Section):
+    """When MTGD ends before its last step."""
+
+    patience: Annotated[Count, Field(ge=1)] | None = None
+    min_improvement: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_hours: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StopConfig:
+        if self.patience is None and self.max_hours is None:
+            raise ValueError("give patience, max_hours, or both; leave stop out to take every step")
+        if self.patience is None and self.min_improvement:
+            raise ValueError("min_improvement needs patience, the number of evaluations without one")
+        return self
+
+    def build(self) -> Stop:
+        """As the method takes it."""
+        return Stop(self.patience, self.min_improvement, self.max_hours)
+
+
 class TrainConfig(_Section):
     """The MTGD stage."""
 
@@ -344,6 +365,7 @@ class TrainConfig(_Section):
     accumulate: Annotated[Count, Field(ge=1)] = 1
     gradient: GradientConfig | None = None
     evaluate_every: Annotated[Count, Field(ge=1)] = 50
+    stop: StopConfig | None = None
     dtype: Literal["float32", "float64"] = "float32"
     precision: Literal[PRECISIONS] = "full"  # type: ignore[valid-type]
     execution: Literal["auto", "loop", "stacked"] = "auto"
@@ -456,6 +478,7 @@ class FrontConfig(_Section):
     """How the front is measured."""
 
     reference_point: list[float] | None = None
+    best: bool = False
 
 
 class TrackingConfig(_Section):
@@ -600,9 +623,10 @@ def single_task(config: Config, objectives: int) -> Config:
         update={
             "population": PopulationConfig(subproblems=objectives, weights=np.eye(objectives).tolist()),
             "scalarization": ScalarizationConfig.model_validate(goal),
-            "train": config.train.model_copy(update={"steps": steps, "gradient": None}),
+            "train": config.train.model_copy(update={"steps": steps, "gradient": None, "stop": None}),
             "transfer": TransferConfig(strength=0.0),
             "fine_tune": FineTuneConfig(),
+            "front": config.front.model_copy(update={"best": False}),
             "baseline": None,
             "tracking": config.tracking.model_copy(update={"models": "none"}),
         }
@@ -618,7 +642,9 @@ MAY_CHANGE = (
     "storage",
     "baseline",
     "train.steps",
+    "train.stop",
     "fine_tune.steps",
+    "front.best",
 )
 """What of a run's config a later resume may set anew; a change of steps moves schedules that depend on them."""
 

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from popmtl.method.front import Hypervolume, exact_points
 from popmtl.runs.baseline import SINGLE_TASK
 from popmtl.runs.choice import chosen_on_test, figures_of, in_words, knee_of
 from popmtl.runs.comparison import Comparison
@@ -108,6 +109,16 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         lines.insert(-2, ("execution", f"loop: {plan.rehearsal.stackable}"))
     if plan.examined:
         lines.insert(-2, ("batches", plan.examined.describe(plan.draws)))
+    if stop := plan.stop:
+        patience = f"{stop.patience} evaluations without an improvement" if stop.patience else ""
+        if stop.min_improvement:
+            patience += f" by more than {stop.min_improvement:.3g} of the hypervolume"
+        hours = f"{stop.max_hours:.3g} hours" if stop.max_hours else ""
+        lines.insert(3, ("stops early", f"after {' or '.join(filter(None, (patience, hours)))}"))
+    m, exact = len(plan.objectives), exact_points(len(plan.objectives))
+    if len(plan.W) > exact:
+        estimated = f"estimated, with its error, where more than {exact} of {len(plan.W)} models are non-dominated"
+        lines.insert(3, ("hypervolume", f"{estimated}: the exact one of {m} objectives takes too long"))
     if plan.aligned and plan.aligned.variant == "exact":
         lines.insert(-2, ("aligned", f"{plan.shared:,} shared parameters"))
     if config.baseline:
@@ -169,7 +180,8 @@ def print_front(console: Console, front: Front) -> None:
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
     marks = f"{size} non-dominated on {front.chosen_on}" if front.chosen_on != "test" else f"{size} non-dominated"
-    title = f"Pareto front, test split: {marks}, hypervolume {front.hypervolume:.5g} at ({point})"
+    which = f" of the best evaluation, step {front.steps}" if front.best else ""
+    title = f"Pareto front{which}, test split: {marks}, hypervolume {front.volume:.5g} at ({point})"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
     knee = knee_of(front)
@@ -237,7 +249,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         table.add_column(name, justify="right", overflow="fold")
     for i, name in enumerate(comparison.names):
         best = [f"{value:.4g}" for value in comparison.best[i]]
-        size, volume, share = comparison.sizes[i], comparison.hypervolumes[i], comparison.shares[i]
+        size, share = comparison.sizes[i], comparison.shares[i]
+        volume = Hypervolume(comparison.hypervolumes[i], comparison.hypervolume_errors[i])
         table.add_row(f"{i + 1} {name}", str(size), f"{volume:.5g}", _share(share), *best)
     console.print(table)
     console.print(marks, style="dim", highlight=False, soft_wrap=True)
@@ -260,7 +273,8 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
     for folder, state in zip(folders, states(folders), strict=True):
         last: dict[str, Any] = next(reversed(folder.metrics()), {})
         figure = last.get("hypervolume")
-        table.add_row(folder.name, state, str(last.get("step", "")), f"{figure:.5g}" if figure else "")
+        shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure else ""
+        table.add_row(folder.name, state, str(last.get("step", "")), shown)
     console.print(table)
 
 

@@ -43,9 +43,10 @@ from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import RunPlan, full_config, make_plan, train_in_process
 from popmtl.errors import RequestError
 from popmtl.method.delta_m import DeltaM, delta_m
-from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
 from popmtl.problems.registry import load_problem
 
+ERROR = "error of the hypervolume, an estimate"
 RIVALS = {
     "aligned_mtl": "{name: aligned_mtl}",
     "MGDA": "{name: MGDA}",
@@ -98,7 +99,7 @@ def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str
         "seed": seed,
         "models": len(plan.W),
         "parameters": plan.parameters,
-        "steps": len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
+        "steps": population.history[-1].step + (plan.aligned.steps if plan.aligned else 0),
         "seconds": seconds,
         "values": values["test"],
         "validation": values["validation"],
@@ -115,7 +116,9 @@ def measured(run: dict[str, Any], figures: list[str], reference: np.ndarray) -> 
         name: run["values"][name][(np.argmax if run["directions"][name] == "higher" else np.argmin)(values)]
         for name, values in run["validation"].items()
     }
-    return {"hypervolume": hypervolume(F, reference), "non-dominated": int(non_dominated(chosen_by).sum()), **best}
+    volume = measured_hypervolume(F, reference)
+    error = {} if volume.error is None else {ERROR: volume.error}
+    return {"hypervolume": volume.value, **error, "non-dominated": int(non_dominated(chosen_by).sum()), **best}
 
 
 def add_delta_m(runs: list[dict[str, Any]]) -> None:
@@ -158,7 +161,7 @@ def print_table(runs: list[dict[str, Any]], figures: list[str]) -> None:
     of = {method: [run for run in runs if run["method"] == method] for method in methods}
     names = dict.fromkeys(name for run in runs for name in run["figures"])
     for name in names:
-        label = name if name in ("hypervolume", "non-dominated") else f"best {name}"
+        label = name if name in ("hypervolume", ERROR, "non-dominated") else f"best {name}"
         cells = [[run["figures"][name] for run in of[m] if name in run["figures"]] for m in methods]
         table.add_row(label, *(spread(values) if values else "" for values in cells))
     for name, key in (("models", "models"), ("parameters of a model", "parameters"), ("steps", "steps")):
@@ -221,9 +224,10 @@ def main() -> int:
             run["figures"] = measured(run, figures, np.array(reference))
             runs.append(run)
             left = (time.monotonic() - start) / done * (len(grid) - done)
+            volume = Hypervolume(run["figures"]["hypervolume"], run["figures"].get(ERROR))
             console.print(
-                f"{done}/{len(grid)} {run['method']} seed {run['seed']}: hypervolume "
-                f"{run['figures']['hypervolume']:.4f}, {run['seconds']:.1f} s; {left:.0f} s left",
+                f"{done}/{len(grid)} {run['method']} seed {run['seed']}: hypervolume {volume:.4f}, "
+                f"{run['seconds']:.1f} s; {left:.0f} s left",
                 highlight=False,
                 soft_wrap=True,
             )

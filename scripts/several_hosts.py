@@ -313,7 +313,7 @@ def front() -> bool:
         found = largest_difference(ours, reference)
         print(f"actors on {', '.join(where)}")
         print(f"models and front differ: {different or 'nowhere, bit for bit'}; largest difference {found:.1e}")
-        print(f"hypervolume {ours.front().hypervolume:.6f} and {reference.front().hypervolume:.6f}")
+        print(f"hypervolume {ours.front().volume:.6f} and {reference.front().volume:.6f}")
         return len(set(where)) == 3 and found <= 1e-6
 
 
@@ -346,7 +346,7 @@ def cut() -> bool:
         if not good:
             print(output)
         else:
-            print(f"hypervolume {run.front().hypervolume:.5f}")
+            print(f"hypervolume {run.front().volume:.5f}")
         return good
 
 

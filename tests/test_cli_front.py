@@ -334,3 +334,22 @@ def test_runs_behind_urls_are_read_too(said, s3):
     run = finished(s3, "one", [[0.1, 0.9], [0.2, 0.2]], example=False)
     assert run.location in said(OK, "pick", run.location, "--knee")[0]
     assert "k* 0" in said(OK, "front", run.location)[0]
+
+
+def test_a_front_of_the_best_evaluation_that_is_not_there_is_missed_by_name(run, said):
+    for command in (["front"], ["pick", "--knee"]):
+        _, err = said(BAD_REQUEST, *command, run.path, "--from", "best")
+        assert "has no front of its best evaluation: front.best was not asked for" in err
+
+
+def test_the_front_of_the_best_evaluation_is_exported_with_its_own_models(tmp_path, said):
+    run, other = finished(tmp_path, "two", sizes=[1, 2]), finished(tmp_path, "three", F=[[0.2, 0.3]], sizes=[1, 2])
+    torch.manual_seed(9)
+    write_model(run, 0, (best := TwoHeadsModel()).state_dict(), "pareto/best")
+    write_front(run, replace(other.front(), best=True))
+    _, err = said(BAD_REQUEST, "pick", run.path, "--knee", "--from", "last", "--export", tmp_path / "two")
+    assert "is there already" in err
+    said(OK, "pick", run.path, "--knee", "--from", "best", "--export", tmp_path / "exported")
+    exported = load_state(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(exported[name], value) for name, value in best.state_dict().items())
+    assert "best=True" in json.dumps(json.loads((tmp_path / "exported" / "card.json").read_text()))

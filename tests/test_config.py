@@ -58,6 +58,10 @@ def test_all_other_keys_of_the_problem_are_its_parameters(load):
     [
         ("trian: {steps: 3}", "trian", "unknown key: did you mean train?"),
         ("train: {step: 3}", "train.step", "unknown key: did you mean steps?"),
+        ("train: {stop: {}}", "train.stop", "give patience, max_hours, or both; leave stop out to take every step"),
+        ("train: {stop: {max_hours: 1, min_improvement: 0.1}}", "train.stop", "min_improvement needs patience"),
+        ("train: {stop: {patience: 0}}", "train.stop.patience", "greater than or equal to 1"),
+        ("train: {stop: {max_hours: .inf}}", "train.stop.max_hours", "finite number"),
         ("transfer: {strenght: 0.5}", "transfer.strenght", "unknown key: did you mean strength?"),
         ("scalarization: {mju: 0.5}", "scalarization.mju", "unknown key: did you mean mu?"),
         ("fine_tune: {varient: ub}", "fine_tune.varient", "unknown key: did you mean variant?"),

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from popmtl.distributed.crew import Crew, nodes_now, room
-from popmtl.distributed.metrics import GENERATION, HYPERVOLUME, RECOVERIES, STEP, STEPS_PER_SECOND, Metrics
+from popmtl.distributed.metrics import (
+    GENERATION,
+    HYPERVOLUME,
+    HYPERVOLUME_ERROR,
+    RECOVERIES,
+    STEP,
+    STEPS_PER_SECOND,
+    Metrics,
+)
 from popmtl.distributed.placement import place
 from popmtl.distributed.plan import DIVERGENCE, RunPlan, replan
 from popmtl.distributed.profile import steps_needed
@@ -32,16 +40,27 @@ from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.delta_m import delta_m
 from popmtl.method.fine_tuning import STABILITY, FineTuned
-from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
 from popmtl.method.population import metric_columns, objective_matrix
 from popmtl.method.problem import Direction, Evaluation, Split
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.runs import proof
 from popmtl.runs.baseline import DELTA_M
-from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, discard, files_of, keep_last, set_aside
+from popmtl.runs.checkpoint import (
+    checkpoint_name,
+    checkpoints,
+    checkpoints_at,
+    commit,
+    course_of,
+    damage,
+    discard,
+    files_of,
+    keep_last,
+    set_aside,
+)
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
-from popmtl.runs.front import Figures, Front, Member
+from popmtl.runs.front import BEST, LAST, Figures, Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
@@ -139,7 +158,9 @@ class Coordinator:
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
         complaints = await self._end("FINISHED")
-        self.folder.append_event("finished", hypervolume=report.front.hypervolume, tracking=complaints)
+        front = report.front
+        figures = {"hypervolume": front.hypervolume, "hypervolume_error": front.hypervolume_error}
+        self.folder.append_event("finished", **figures, tracking=complaints)
         location = self.sink.location if self.sink else None
         return replace(report, location=location, complaints=complaints, unwritten=self._unwritten())
 
@@ -206,7 +227,7 @@ class Coordinator:
         plan = self.plan
         every = plan.config.train.evaluate_every
         reseeds = plan.config.recovery.max_reseeds
-        return Course(plan.W, plan.M, plan.factors, every, plan.ideal_point, plan.reference_point, reseeds)
+        return Course(plan.W, plan.M, plan.factors, every, plan.ideal_point, plan.reference_point, reseeds, plan.stop)
 
     async def _rewind(self) -> None:
         """Goes back to the last checkpoint that is whole, or to the start: rows of different steps do not mix."""
@@ -249,6 +270,8 @@ class Coordinator:
             "executions": self.executions,
             "course": self.course.state(),
             "hypervolume": self.course.history[-1].hypervolume,
+            "hypervolume_error": self.course.history[-1].hypervolume_error,
+            "best": self.course.best.step if self.plan.config.front.best else None,
             "identity": self.plan.identity,
         }
         self.pending, self.last_checkpoint = (name, record), time.monotonic()
@@ -415,6 +438,9 @@ class Coordinator:
         self._enter("training", len(self.plan.factors))
         if not self.course.history:
             await self._observe()
+            if self._is_best():
+                await self._start_checkpoint(None)
+        counted = time.monotonic()
         longest, start, stepping, waited, control, first = 1, time.monotonic(), 0.0, 0.0, 0.0, self.course.step
         while chunk := self.course.next_chunk(self._until_checkpoint(self.course.step, longest)):
             asked = time.monotonic()
@@ -427,14 +453,17 @@ class Coordinator:
                 control + time.monotonic() - asked - taken,
             )
             longest = max(1, round(CHUNK_SECONDS * len(chunk) / taken))
-            due = self.course.advance(chunk)
+            since, counted = counted, time.monotonic()
+            due = self.course.advance(chunk, counted - since)
             self._took(self.course.step, start, steps, chunk.first, first)
             self.course.leave([departed for step in steps for departed in step.departures])
             if due:
                 await self._reseed()
                 await self._observe()
+            if self.course.stopped:
+                self._event("stopped early", step=self.course.step, why=self.course.stopped)
             await self._commit(wait=False)
-            if self._checkpoint_due(self.course.step):
+            if self._checkpoint_due(self.course.step) or (due and self._is_best()):
                 await self._start_checkpoint(None)
         steps_taken = self.course.step - first
         self.folder.append_event(
@@ -442,6 +471,10 @@ class Coordinator:
         )
         if self.profile:
             self._profiled(f"none: fewer than {steps_needed(self.profile)} steps were left")
+
+    def _is_best(self) -> bool:
+        """Whether the rows are those of the best evaluation so far, which a front is to be made of."""
+        return self.plan.config.front.best and self.course.best is self.course.history[-1]
 
     async def _reseed(self) -> None:
         """Has the rows that are out, and not for good, start again."""
@@ -466,20 +499,25 @@ class Coordinator:
 
     def _record(self, stage: str, seen: Observation, more: Mapping[str, Any] | None = None) -> None:
         """Writes an evaluation on the validation split to the run folder and to MLflow."""
-        self.now = replace(self.now, hypervolume=seen.hypervolume)
-        self.metrics.tell(HYPERVOLUME, seen.hypervolume)
-        record = {"stage": stage, "step": seen.step, "hypervolume": seen.hypervolume, "front_size": seen.front_size}
+        volume = Hypervolume(seen.hypervolume, seen.hypervolume_error)
+        self.now = replace(self.now, hypervolume=volume)
+        self.metrics.tell(HYPERVOLUME, volume.value)
+        self.metrics.tell(HYPERVOLUME_ERROR, volume.error or 0.0)
+        record = {"stage": stage, "step": seen.step, "hypervolume": volume.value, "hypervolume_error": volume.error}
+        record["front_size"] = seen.front_size
         curves = self.course.means.take()
         figures = {"validation": seen.F.tolist(), "metrics": seen.metrics, "curves": curves}
         self.folder.append_metrics({**record, **figures, **(more or {})})
         if self.sink:
-            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F, seen.metrics)
+            self.sink.log_evaluation(
+                seen.step, seen.hypervolume, seen.front_size, seen.F, seen.metrics, seen.hypervolume_error
+            )
             if curves:
                 self.sink.log_member_figures(seen.step, {f"train/{name}": means for name, means in curves.items()})
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
-        trained, total = len(self.plan.factors), self.plan.aligned.steps
+        trained, total = self.course.step, self.plan.aligned.steps
         self._enter("fine-tuning", total)
         done = 0
         if self.resumption and self.resumption.fine_tuned is not None:
@@ -513,15 +551,64 @@ class Coordinator:
     async def _write_results(self, fine_tuned: Sequence[FineTuned]) -> Report:
         self._enter("writing results", 0)
         await self._commit(wait=True)
-        plan = self.plan
+        plan, course = self.plan, self.course
         evaluations = await self._evaluations("test")
+        await self._write_models(course, LAST)
+        steps = course.step + (plan.aligned.steps if plan.aligned else 0)
         validation = await self._final_validation(fine_tuned)
-        lost = self.course.out
-        for subproblem in range(len(plan.W)):
-            if subproblem not in lost:
+        front = self._front(course, evaluations, validation, steps, fine_tuned)
+        if plan.config.front.best and course.best.step != steps:
+            await self._write_best()
+        # Last: a reader takes the presence of front.json for the end of the run.
+        await asyncio.to_thread(write_front, self.folder, front)
+        if self.sink:
+            self.sink.log_front(front, plan.config.tracking.models)
+        return Report(front, fine_tuned, None, ())
+
+    async def _write_best(self) -> None:
+        """Writes the front of the models at the best evaluation; the actors' rows are those from here on."""
+        step = self.course.best.step
+        found = await asyncio.to_thread(checkpoints_at, self.folder, step)
+        why = f"there is no whole checkpoint of step {step}"
+        for name in found:
+            if damaged := await asyncio.to_thread(damage, self.folder, name, contents=False):
+                why = damaged
+                continue
+            files = await asyncio.to_thread(files_of, self.folder, name)
+            then = self._new_course()
+            then.restore(course_of(self.folder, name)["course"])
+            try:
+                await self.crew.all("recall", name, files)
+            except CheckpointDamaged as error:
+                why = describe_failure(error)
+                continue
+            evaluations = await self._evaluations("test")
+            await self._write_models(then, BEST)
+            validation = await self._evaluations("validation")
+            front = replace(self._front(then, evaluations, validation, step, ()), best=True)
+            await asyncio.to_thread(write_front, self.folder, front)
+            if self.sink:
+                self.sink.log_best_front()
+            return
+        self._event("no best front", step=step, why=why)
+
+    async def _write_models(self, course: Course, place: str) -> None:
+        for subproblem in range(len(self.plan.W)):
+            if subproblem not in course.out:
                 state = await self._state(subproblem)
                 tensors = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
-                await asyncio.to_thread(write_model, self.folder, subproblem, tensors)
+                await asyncio.to_thread(write_model, self.folder, subproblem, tensors, place)
+
+    def _front(
+        self,
+        course: Course,
+        evaluations: Sequence[Evaluation],
+        validation: Sequence[Evaluation],
+        steps: int,
+        fine_tuned: Sequence[FineTuned],
+    ) -> Front:
+        """The front of the rows as they are, evaluated on the test split and on validation."""
+        plan, lost = self.plan, course.out
         F = objective_matrix(evaluations)
         metrics = dict(plan.metrics)
         if plan.reference:
@@ -530,13 +617,15 @@ class Coordinator:
             metrics |= STABILITY_METRICS
         figures = self._figures("test", evaluations, fine_tuned)
         validated = self._figures("validation", validation, fine_tuned)
-        assert self.course.reference_point is not None
-        front = Front(
+        assert course.reference_point is not None
+        volume = measured_hypervolume(F, course.reference_point)
+        return Front(
             objectives=list(plan.objectives),
-            reference_point=self.course.reference_point.tolist(),
-            hypervolume=hypervolume(F, self.course.reference_point),
+            reference_point=course.reference_point.tolist(),
+            hypervolume=volume.value,
+            hypervolume_error=volume.error,
             seed=plan.recipe.seed,
-            steps=len(plan.factors) + (plan.aligned.steps if plan.aligned else 0),
+            steps=steps,
             members=[
                 Member(
                     subproblem=i,
@@ -546,7 +635,7 @@ class Coordinator:
                     stage="aligned_mtl" if fine_tuned and fine_tuned[i].kept else "mtgd",
                     non_dominated=bool(best),
                     model=None if i in lost else model_file(i),
-                    reseeds=self.course.reseeds[i],
+                    reseeds=course.reseeds[i],
                     lost=lost[i].why if i in lost else None,
                     validation=validated[i],
                 )
@@ -555,10 +644,6 @@ class Coordinator:
             metrics=metrics,
             baseline=(plan.reference or {}).get("test", {}),
         )
-        await asyncio.to_thread(write_front, self.folder, front)
-        if self.sink:
-            self.sink.log_front(front, plan.config.tracking.models)
-        return Report(front, fine_tuned, None, ())
 
     async def _final_validation(self, fine_tuned: Sequence[FineTuned]) -> list[Evaluation]:
         """The models that the run ends with on the validation split, evaluated again only if nobody has yet."""

@@ -37,6 +37,7 @@ class Figure:
 
 
 HYPERVOLUME = Figure("popmtl_hypervolume", "Hypervolume of the last evaluation on the validation split.")
+HYPERVOLUME_ERROR = Figure("popmtl_hypervolume_error", "Error of that hypervolume, an estimate; 0 where it is exact.")
 STEP = Figure("popmtl_step", "Steps done, of both stages; a recovery goes back to the last checkpoint.")
 STEPS_PER_SECOND = Figure("popmtl_steps_per_second", "Steps a second in this stage, with evaluations and checkpoints.")
 GENERATION = Figure("popmtl_generation", "How often the actors have been started before, by recoveries or resumptions.")
@@ -53,6 +54,7 @@ BYTES_SENT = Figure("popmtl_bytes_sent", "Bytes that the actor sent for the tran
 
 FIGURES = (
     HYPERVOLUME,
+    HYPERVOLUME_ERROR,
     STEP,
     STEPS_PER_SECOND,
     GENERATION,

@@ -22,6 +22,7 @@ from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Nodes, Placement, place
 from popmtl.distributed.transport import Transport, choose_overlap, choose_transport
 from popmtl.errors import RequestError
+from popmtl.method.course import Stop
 from popmtl.method.decomposition import check_weights, weight_vectors
 from popmtl.method.delta_m import tasks_of
 from popmtl.method.fine_tuning import AlignedRecipe
@@ -120,6 +121,11 @@ class RunPlan:
     def transfers(self) -> bool:
         """Whether any step moves rows."""
         return self.transferring > 0 and _mixes(self.M, self.factors)
+
+    @property
+    def stop(self) -> Stop | None:
+        """When MTGD ends before its last step."""
+        return self.config.train.stop.build() if self.config.train.stop else None
 
     @property
     def may_diverge(self) -> bool:
@@ -339,6 +345,7 @@ def train_in_process(plan: RunPlan) -> Population:
         evaluate_every=plan.config.train.evaluate_every,
         ideal_point=plan.ideal_point,
         reference_point=plan.reference_point,
+        stop=plan.stop,
         max_reseeds=plan.config.recovery.max_reseeds,
     )
 

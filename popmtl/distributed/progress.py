@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from popmtl.method.fine_tuning import FineTuned
+from popmtl.method.front import Hypervolume
 from popmtl.runs.front import Front
 from popmtl.tracking.links import Location
 
@@ -32,7 +33,7 @@ class Progress:
     stage: Stage
     step: int
     steps: int
-    hypervolume: float | None = None
+    hypervolume: Hypervolume | None = None
     losses: tuple[float, float] | None = None
     steps_per_second: float | None = None
     awaits: str | None = None

@@ -39,7 +39,7 @@ def find_checkpoint(
     if trained > len(plan.factors):
         raise RequestError(f"train.steps: {path} has {trained} steps, more than {len(plan.factors)}")
     if fine_tuned is not None:
-        if trained != len(plan.factors):
+        if trained != len(plan.factors) and not record["course"].get("stopped"):
             raise RequestError(
                 f"train.steps: {path} is in the Aligned-MTL stage, after {trained} steps; they cannot be "
                 f"{len(plan.factors)} any more"

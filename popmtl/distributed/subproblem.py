@@ -248,6 +248,14 @@ class SubproblemActor:
         assert self.fine_tuning is not None  # it was started
         return self.fine_tuning.finish()
 
+    def recall(self, checkpoint: str, files: Sequence[WrittenFile]) -> None:
+        """Has the rows as they were at a checkpoint of MTGD."""
+        named = {file.name: file for file in files}
+        mine = [named[subproblem_file(i)] for i in self.block.subproblems]
+        put(
+            self.block, self.block.optimizers, [RowState(*read_tensors(self.folder, checkpoint, file)) for file in mine]
+        )
+
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """The state of the model of row i of this actor's rows."""
         return self.block.state(i)

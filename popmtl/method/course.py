@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from popmtl.method.curves import Means
-from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.front import measured_hypervolume, non_dominated
 from popmtl.method.mtgd import Chunk, Departure
 from popmtl.method.reseeding import MAX_RESEEDS, Reseeding, reseeding
 
@@ -28,13 +28,30 @@ class Observation:
     """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count.
 
     `metrics` are the problem's, N values each by name; an observation that comes from a checkpoint has none.
+    `hypervolume_error` is that of an estimate, see `Hypervolume`; None where the hypervolume is exact.
     """
 
     step: int
     F: Matrix
     hypervolume: float
     front_size: int
+    hypervolume_error: float | None = None
     metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a course ends before its last step.
+
+    Attributes:
+        patience: after so many evaluations in a row whose hypervolume is no improvement; None: never so.
+        min_improvement: an improvement is larger than the last one by more than this share of it.
+        max_hours: of training, those before a resumption too; None: as many as it takes.
+    """
+
+    patience: int | None = None
+    min_improvement: float = 0.0
+    max_hours: float | None = None
 
 
 class Course:
@@ -49,6 +66,8 @@ class Course:
         out: the rows that are out of the population, and how they left.
         reseeds: how often each row was re-seeded.
         means: of what the steps since the last evaluation told of themselves.
+        seconds: that its steps and evaluations took.
+        stopped: why it ended before its last step; None if it did not.
     """
 
     def __init__(
@@ -60,7 +79,11 @@ class Course:
         ideal_point: Sequence[float] | None = None,
         reference_point: Sequence[float] | None = None,
         max_reseeds: int = MAX_RESEEDS,
+        stop: Stop | None = None,
     ) -> None:
+        self.stop = stop or Stop()
+        self.seconds = 0.0
+        self.stopped: str | None = None
         self.W, self.M, self.factors, self.evaluate_every = W, M, factors, evaluate_every
         self.max_reseeds = max_reseeds
         self.out: dict[int, Departure] = {}
@@ -92,7 +115,26 @@ class Course:
             least = finite.min(0)
             self.ideal = least if self.ideal is None else np.minimum(self.ideal, least)
         self.history.append(self.measure(F, self.step, metrics))
+        if self.stop.patience is not None and (stale := self._stale()) >= self.stop.patience:
+            self._end(f"no improvement of the hypervolume in {stale} evaluations")
         return self.history[-1]
+
+    @property
+    def best(self) -> Observation:
+        """The observation with the largest hypervolume, of several the first."""
+        return max(self.history, key=lambda seen: seen.hypervolume)
+
+    def _stale(self) -> int:
+        """How many evaluations there were since the last improvement, or the first evaluation."""
+        last, stale = self.history[0].hypervolume, 0
+        for seen in self.history[1:]:
+            improved = seen.hypervolume - last > self.stop.min_improvement * abs(last)
+            last, stale = (seen.hypervolume, 0) if improved else (last, stale + 1)
+        return stale
+
+    def _end(self, why: str) -> None:
+        if self.step < len(self.factors):
+            self.stopped = self.stopped or why
 
     def leave(self, departures: Sequence[Departure]) -> None:
         """Notes rows that left the population.
@@ -121,7 +163,8 @@ class Course:
         """The objective values F, shape (N, m), of a step, measured from the run's reference point."""
         if self.reference_point is None:
             raise ValueError("the population must be observed once, to have a reference point")
-        return Observation(step, F, hypervolume(F, self.reference_point), int(non_dominated(F).sum()), metrics or {})
+        volume = measured_hypervolume(F, self.reference_point)
+        return Observation(step, F, volume.value, int(non_dominated(F).sum()), volume.error, metrics or {})
 
     def state(self) -> dict[str, Any]:
         """Where the course stands, as JSON can hold it."""
@@ -129,10 +172,15 @@ class Course:
             "step": self.step,
             "ideal": None if self.ideal is None else self.ideal.tolist(),
             "reference_point": None if self.reference_point is None else self.reference_point.tolist(),
-            "history": [{"step": seen.step, "F": seen.F.tolist()} for seen in self.history],
+            "history": [
+                {**{k: v for k, v in vars(seen).items() if k != "metrics"}, "F": seen.F.tolist()}
+                for seen in self.history
+            ],
             "out": [asdict(departed) for departed in self.out.values()],
             "reseeds": list(self.reseeds),
             "curves": self.means.sums,
+            "seconds": self.seconds,
+            "stopped": self.stopped,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -141,24 +189,37 @@ class Course:
         self.ideal = None if state["ideal"] is None else np.asarray(state["ideal"], dtype=np.float64)
         if state["reference_point"] is not None:
             self.reference_point = np.asarray(state["reference_point"], dtype=np.float64)
-        seen = [(record["step"], np.asarray(record["F"], dtype=np.float64)) for record in state["history"]]
-        self.history = [self.measure(F, step) for step, F in seen]
+        self.history = []
+        for seen in state["history"]:
+            F = np.asarray(seen["F"], dtype=np.float64)
+            # Checkpoints of earlier versions do not hold it; to estimate it again takes a while each.
+            known = "hypervolume" in seen
+            self.history.append(Observation(**{**seen, "F": F}) if known else self.measure(F, seen["step"]))
         self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
         self.reseeds = list(state["reseeds"])
         self.means.sums = {n: [(total, count) for total, count in sums] for n, sums in state["curves"].items()}
+        self.seconds, self.stopped = state.get("seconds", 0.0), state.get("stopped")  # earlier versions did not stop
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
-        """The steps up to the next evaluation, or `longest` of them; None when the run's steps are done."""
+        """The steps up to the next evaluation, or `longest` of them; None when they are done, or it stopped."""
         if self.ideal is None:
             raise ValueError("the population must be observed once before its first step")
         end = min(len(self.factors), (self.step // self.evaluate_every + 1) * self.evaluate_every)
         if longest is not None:
             end = min(end, self.step + longest)
-        if end == self.step:
+        if self.stopped or end == self.step:
             return None
         return Chunk(self.step, self.factors[self.step : end], self.M, self.ideal)
 
-    def advance(self, chunk: Chunk) -> bool:
-        """Counts a chunk as done; whether the population is to be evaluated now."""
+    def advance(self, chunk: Chunk, seconds: float = 0.0) -> bool:
+        """Counts a chunk as done; whether the population is to be evaluated now.
+
+        Args:
+            chunk: the steps.
+            seconds: that passed since the call before, or since the training began or went on.
+        """
         self.step = chunk.first + len(chunk)
-        return self.step % self.evaluate_every == 0 or self.step == len(self.factors)
+        self.seconds += seconds
+        if self.stop.max_hours is not None and self.seconds >= self.stop.max_hours * 3600:
+            self._end(f"{self.seconds / 3600:.3g} hours of training")
+        return self.step % self.evaluate_every == 0 or self.step == len(self.factors) or self.stopped is not None

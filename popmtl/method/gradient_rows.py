@@ -64,12 +64,9 @@ class GradientRows:
         """
         first = self.there[0 if isinstance(rows, slice) else rows]
         views = self.stacked_views if isinstance(rows, slice) else self.views[rows]
-        if (
-            first is None
-            and which is None
-            and all(leaf.grad is not None and not leaf.grad.is_sparse for leaf in leaves)
-        ):
-            torch._foreach_copy_(views, [leaf.grad for leaf in leaves])
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None and not leaf.grad.is_sparse]
+        if first is None and which is None and len(gradients) == len(leaves):  # as it nearly always is
+            torch._foreach_copy_(views, gradients)
             for leaf in leaves:
                 leaf.grad = None
             for i in range(len(self.matrix)) if isinstance(rows, slice) else [rows]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from popmtl.method.course import Course, Observation
+from popmtl.method.course import Course, Observation, Stop
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuned, FineTuning
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.problem import Evaluation, Problem
@@ -48,6 +49,7 @@ def train_population(
     device: str = "cpu",
     max_reseeds: int = MAX_RESEEDS,
     observed: Callable[[Observation], None] | None = None,
+    stop: Stop | None = None,
 ) -> Population:
     """Trains one model for each weight vector by MTGD, then each alone by Aligned-MTL.
 
@@ -64,6 +66,7 @@ def train_population(
         device: where the rows live.
         max_reseeds: how often a row whose numbers are no longer finite starts again from its neighbours.
         observed: called at each evaluation.
+        stop: when MTGD ends before its last step; None: never. Aligned-MTL then begins there.
 
     Raises:
         FloatingPointError: the losses, gradients or parameters of every row are not finite.
@@ -76,6 +79,7 @@ def train_population(
         problem.ideal_point if ideal_point is None else ideal_point,
         problem.reference_point if reference_point is None else reference_point,
         max_reseeds,
+        stop,
     )
     block = Block(problem, range(len(W)), W, recipe, device)
 
@@ -86,11 +90,13 @@ def train_population(
             observed(observation)
 
     observe()
+    began = time.monotonic()
     while chunk := course.next_chunk():
         block.run(chunk)
         course.means.add(block.subproblems, block.take_curves())
         course.leave(block.take_departures())
-        if course.advance(chunk):
+        since, began = began, time.monotonic()
+        if course.advance(chunk, began - since):
             for start in course.reseedings():
                 total = Combination()
                 for j, share in start.shares.items():
@@ -102,7 +108,7 @@ def train_population(
     fine_tuned: list[FineTuned] = []
     if aligned:
         stage = FineTuning(block, aligned, course.ideal)
-        stage.run(len(factors), aligned.steps)
+        stage.run(course.step, aligned.steps)
         fine_tuned = stage.finish()
     return Population(block, course.history, fine_tuned, course.reference_point)
 

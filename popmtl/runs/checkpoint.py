@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from popmtl.errors import CheckpointDamaged, RequestError
+from popmtl.method.front import Hypervolume
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import PART_BYTES, said
 
@@ -213,22 +214,44 @@ def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:
         folder: of the run.
         count: of the last ones, at least 1.
         best: keep the one with the largest hypervolume too, of several the latest.
+
+    What is to become a front of its own (`front.best`), as those that stay know, stays too.
     """
     found = checkpoints(folder)
     kept = found[:count]
+    # A run that goes on from one of them needs the best one that was before it.
+    for step in {course_of(folder, checkpoint).get("best") for checkpoint in kept}:
+        kept += checkpoints_at(folder, step) if isinstance(step, int) else []
     if best and found:
-        kept.append(max(found, key=lambda checkpoint: hypervolume_of(folder, checkpoint) or -math.inf))
+        volumes = {checkpoint: hypervolume_of(folder, checkpoint) for checkpoint in found}
+        kept.append(max(found, key=lambda checkpoint: volume.value if (volume := volumes[checkpoint]) else -math.inf))
     for checkpoint in _begun(folder):
         if kept and checkpoint not in kept and checkpoint < kept[0]:
             discard(folder, checkpoint)
 
 
-def hypervolume_of(folder: RunFolder, checkpoint: str) -> float | None:
+def checkpoints_at(folder: RunFolder, step: int) -> list[str]:
+    """The committed checkpoints of a step, the latest first: the same rows, by the actors of different starts."""
+    name = checkpoint_name(step)
+    return [found for found in checkpoints(folder) if found == name or found.startswith(f"{name}-")]
+
+
+def hypervolume_of(folder: RunFolder, checkpoint: str) -> Hypervolume | None:
     """The hypervolume of the last evaluation before a checkpoint; None where its course cannot be read."""
+    course = course_of(folder, checkpoint)
     try:
-        return float(json.loads(folder.read(f"{checkpoint}/{COURSE}"))["hypervolume"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Hypervolume(float(course["hypervolume"]), course.get("hypervolume_error"))
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def course_of(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
+    """The course of a checkpoint; empty where it cannot be read."""
+    try:
+        course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
+    except (OSError, ValueError):
+        return {}
+    return course if isinstance(course, dict) else {}
 
 
 def discard(folder: RunFolder, checkpoint: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from popmtl.errors import RequestError, nearest
 from popmtl.method.front import knee, non_dominated, pick
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front, Member, Split
+from popmtl.runs.front import LAST, Front, Member, Split
 
 CONSTRAINT = re.compile(r"\s*(.+?)\s*(>=|<=|>|<)\s*([^<>=]+?)\s*")
 COMPARE = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
@@ -42,11 +42,11 @@ class Choice:
     dominated_by: Sequence[int]
 
 
-def finished_front(folder: RunFolder) -> Front:
-    """The front of a run that has ended.
+def finished_front(folder: RunFolder, place: str = LAST) -> Front:
+    """The front of a run that has ended: the one of its end, or of its best evaluation.
 
     Raises:
-        RequestError: this is no run's folder, the run has no front yet, or its front.json is damaged.
+        RequestError: this is no run's folder, the run has no front yet, or not this one, or its front.json is damaged.
         OSError: the storage cannot be read.
     """
     folder.config()
@@ -54,10 +54,15 @@ def finished_front(folder: RunFolder) -> Front:
         state = folder.state()
         way = f"it has not finished ({state}); popmtl train --resume {shlex.quote(folder.location)} goes on with it"
         raise RequestError(f"{folder.location} has no front yet: {'it is running' if state == 'running' else way}")
+    if not folder.files.entry(f"{place}/front.json"):
+        raise RequestError(
+            f"{folder.location} has no front of its best evaluation: front.best was not asked for, its best evaluation "
+            "is that of its end, or events.jsonl says why"
+        )
     try:
-        return folder.front()
+        return folder.front(place)
     except (KeyError, TypeError, ValueError) as error:
-        where = folder.files.where("pareto/front.json")
+        where = folder.files.where(f"{place}/front.json")
         raise RequestError(f"{where} is damaged: {type(error).__name__}: {error}") from error
 
 
@@ -151,6 +156,8 @@ def described(folder: RunFolder, front: Front, choice: Choice) -> dict[str, Any]
     if member.validation:
         values = zip(front.objectives, member.validation.objectives, strict=True)
         validation = {"objectives": dict(values), "metrics": dict(member.validation.metrics)}
+    wanted = f"{json.dumps(folder.location, ensure_ascii=False)}, {member.subproblem}"
+    wanted += ", best=True" if front.best else ""
     return {
         "run": folder.name,
         "location": folder.location,
@@ -164,10 +171,10 @@ def described(folder: RunFolder, front: Front, choice: Choice) -> dict[str, Any]
         "validation": validation,
         "chosen_on": front.chosen_on,
         "stage": member.stage,
-        "file": folder.files.where(f"pareto/{member.model}"),
+        "file": folder.files.where(f"{front.place}/{member.model}"),
         "load": [
             "from popmtl.runs.results import load_model",
-            f"model = load_model({json.dumps(folder.location, ensure_ascii=False)}, {member.subproblem})",
+            f"model = load_model({wanted})",
         ],
     }
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from popmtl.errors import RequestError
-from popmtl.method.front import hypervolume, non_dominated
+from popmtl.method.front import measured_hypervolume, non_dominated
 from popmtl.runs.choice import objective_values
 from popmtl.runs.front import Front, Split
 
@@ -26,6 +26,7 @@ class Comparison:
         reference_point: the componentwise worst of the runs' own, m numbers.
         sizes: how many members each run's front has.
         hypervolumes: of all members of each run at that one reference point.
+        hypervolume_errors: of those that are estimates, see `Hypervolume`; None of the others.
         shares: of the fronts' members that are non-dominated among all of them, the part that is each run's; they sum
             to 1. Of equal members of two runs each counts. NaN where no run has a member.
         coverage: row a, column b: C(a, b), the part of b's front which a member of a's dominates or equals (Zitzler and
@@ -40,6 +41,7 @@ class Comparison:
     reference_point: Sequence[float]
     sizes: Sequence[int]
     hypervolumes: Sequence[float]
+    hypervolume_errors: Sequence[float | None]
     shares: Sequence[float]
     coverage: Sequence[Sequence[float]]
     best: Sequence[Sequence[float]]
@@ -66,13 +68,15 @@ def compare_fronts(names: Sequence[str], fronts: Sequence[Front]) -> Comparison:
     points = [front_points(front) for front in fronts]
     reference = np.max([front.reference_point for front in fronts], axis=0)
     together = non_dominated(np.vstack(points))
+    volumes = [measured_hypervolume(objective_values(front, "test"), reference) for front in fronts]
     owners = np.repeat(np.arange(len(points)), [len(F) for F in points])[together]
     return Comparison(
         names=list(names),
         objectives=objectives,
         reference_point=reference.tolist(),
         sizes=[len(F) for F in points],
-        hypervolumes=[hypervolume(objective_values(front, "test"), reference) for front in fronts],
+        hypervolumes=[volume.value for volume in volumes],
+        hypervolume_errors=[volume.error for volume in volumes],
         shares=[float((owners == run).mean()) if len(owners) else float("nan") for run in range(len(points))],
         coverage=[[_coverage(A, B) for B in points] for A in points],
         best=[_best(front) for front in fronts],

@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from popmtl.method.front import AUGMENTATION, hypervolume
+from popmtl.method.front import AUGMENTATION, measured_hypervolume
 from popmtl.runs.files import to_json
 from popmtl.runs.front import Front
 
@@ -33,7 +33,7 @@ class Loading:
     picker: str | None = None
 
 
-def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]], loading: Loading) -> str:
+def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | None]], loading: Loading) -> str:
     """The page as HTML, which needs no network and no other file.
 
     It chooses as `popmtl.method.front.pick` and `knee` do, by the figures on the split of `Front.chosen_on`. Those on
@@ -42,7 +42,8 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     Args:
         front: the Pareto set.
         title: the page's heading.
-        history: steps, each with the hypervolume on the validation split; of many, evenly spaced ones are drawn.
+        history: steps, each with the hypervolume on the validation split, and its error where it is an estimate; of
+            many, evenly spaced ones are drawn.
         loading: what the code that the page shows refers to.
     """
     figures = [front.figures(member) for member in front.members]
@@ -50,14 +51,17 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     named = (name for of_member in (*figures, *reports) for name in of_member.metrics)
     names = list(dict.fromkeys([*front.metrics, *named]))
     F = np.array([of_member.objectives for of_member in figures], dtype=np.float64).reshape(-1, len(front.objectives))
+    volume = front.volume if front.chosen_on == "test" else measured_hypervolume(F, front.reference_point)
     data = {
         "title": title,
         "objectives": front.objectives,
         "metrics": [{"name": name, "better": front.metrics.get(name)} for name in names],
         "reference": front.reference_point,
         "split": front.chosen_on,
-        "hypervolume": hypervolume(F, front.reference_point) if front.chosen_on != "test" else front.hypervolume,
+        "hypervolume": volume.value,
+        "hypervolumeError": volume.error,
         "test_hypervolume": front.hypervolume,
+        "testHypervolumeError": front.hypervolume_error,
         "steps": front.steps,
         "augmentation": AUGMENTATION,
         "members": [
@@ -77,6 +81,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
         ],
         "history": _thinned(history),
         "run": loading.run,
+        "fromBest": front.best,
         "models": loading.models,
         "picker": loading.picker,
     }
@@ -88,7 +93,7 @@ def explorer_page(front: Front, title: str, history: Sequence[tuple[int, float]]
     return before + text + after
 
 
-def _thinned(history: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
+def _thinned(history: Sequence[Sequence[float | None]]) -> Sequence[Sequence[float | None]]:
     """At most about so many points, the last among them."""
     every = -(-len(history) // POINTS) or 1
     return history[::-1][::every][::-1]

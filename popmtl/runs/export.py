@@ -52,7 +52,7 @@ def export(folder: RunFolder, front: Front, choice: Choice, directory: str) -> l
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir()) or target == Path.cwd()):
         raise RequestError(f"--export {directory}: is there already; give a new folder, or an empty one")
-    model = _loaded(folder, choice.member)
+    model = _loaded(folder, front, choice.member)
     beside = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
         beside.mkdir(parents=True)
@@ -65,15 +65,15 @@ def export(folder: RunFolder, front: Front, choice: Choice, directory: str) -> l
     return complaints
 
 
-def _loaded(folder: RunFolder, member: Member) -> nn.Module:
+def _loaded(folder: RunFolder, front: Front, member: Member) -> nn.Module:
     from safetensors import SafetensorError
 
     from popmtl.runs.results import load_model
 
     try:
-        return load_model(folder.location, member.subproblem)
+        return load_model(folder.location, member.subproblem, best=front.best)
     except SafetensorError as error:
-        where = folder.files.where(f"pareto/{member.model}")
+        where = folder.files.where(f"{front.place}/{member.model}")
         raise RequestError(f"{where} is damaged: {said(error)}") from error
 
 
@@ -81,7 +81,7 @@ def _fill(place: Path, folder: RunFolder, front: Front, choice: Choice, model: n
     """Writes the files of an export; what is less than it could be."""
     import torch
 
-    digests = {"model.safetensors": _copy(folder, f"pareto/{choice.member.model}", place / "model.safetensors")}
+    digests = {"model.safetensors": _copy(folder, f"{front.place}/{choice.member.model}", place / "model.safetensors")}
     config = folder.read("config.yaml")
     parameters = dict(folder.config()["problem"])
     problem = {"name": parameters.pop("name"), "parameters": parameters}

@@ -19,7 +19,7 @@ import yaml
 
 from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
-from popmtl.runs.front import Front
+from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
 from popmtl.runs.storage import Storage, joined, open_storage, said, split
 
@@ -208,16 +208,16 @@ class RunFolder:
         """The records of events.jsonl in the order of writing; none where there is no file."""
         return self.lines("events.jsonl")
 
-    def front(self) -> Front:
-        """The Pareto set that the run ended with.
+    def front(self, place: str = LAST) -> Front:
+        """The Pareto set that the run ended with, or the one in another place.
 
         Raises:
             RequestError: the run has none (it has not ended, or it failed).
         """
         try:
-            return Front.from_json(self.read("pareto/front.json").decode())
+            return Front.from_json(self.read(f"{place}/front.json").decode())
         except FileNotFoundError as error:
-            where = self.files.where("pareto/front.json")
+            where = self.files.where(f"{place}/front.json")
             raise RequestError(f"{self.location} has no front yet: {where} is missing") from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:

@@ -8,10 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from popmtl.method.front import Hypervolume
 from popmtl.runs.files import to_json
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from popmtl.method.problem import Direction
+
+LAST, BEST = "pareto", "pareto/best"
+"""Where a run's fronts lie in its folder: that of its end, and that of the best evaluation."""
+
+PLACES = {"last": LAST, "best": BEST}
 
 Stage = Literal["mtgd", "aligned_mtl"]
 
@@ -63,12 +69,16 @@ class Front:
     Attributes:
         objectives: the m names.
         reference_point: where the hypervolume is measured from, m numbers.
-        hypervolume: of the members' objective values on the test split.
+        hypervolume: of the members' objective values on the test split; an estimate where `hypervolume_error` is a
+            number.
         seed: the run's seed.
         steps: training steps that each member took.
         members: all members, dominated ones too, by subproblem.
         metrics: names of the members' further figures, each with the direction that is better.
         baseline: figures of single-task models that the members' Δm is measured against, by name; empty without.
+        best: whether it is of the models as they were at the evaluation with the largest validation hypervolume; if
+            not, of those that the run ended with.
+        hypervolume_error: half the width of the estimate's 95 % interval; None where the hypervolume is exact.
     """
 
     objectives: Sequence[str]
@@ -79,6 +89,18 @@ class Front:
     members: Sequence[Member]
     metrics: Mapping[str, Direction] = field(default_factory=dict)
     baseline: Mapping[str, float] = field(default_factory=dict)
+    hypervolume_error: float | None = None
+    best: bool = False
+
+    @property
+    def place(self) -> str:
+        """Its folder in that of the run."""
+        return BEST if self.best else LAST
+
+    @property
+    def volume(self) -> Hypervolume:
+        """The hypervolume, to be shown: an estimate says that it is one."""
+        return Hypervolume(self.hypervolume, self.hypervolume_error)
 
     @property
     def chosen_on(self) -> Split:
@@ -126,6 +148,8 @@ class Front:
             ],
             metrics=content.get("metrics", {}),
             baseline=content.get("baseline", {}),
+            hypervolume_error=content.get("hypervolume_error"),
+            best=content.get("best", False),
         )
 
 

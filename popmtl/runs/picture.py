@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from popmtl.method.front import hypervolume
+from popmtl.method.front import measured_hypervolume
 from popmtl.runs.front import Front
 
 Points = NDArray[np.float64]
@@ -28,6 +28,8 @@ REACH = 1.0
 # Labels whose points are closer than this, in pixels, are written as one.
 CROWDED = 13
 MOST_NUMBERS = 5
+# Of more objectives than these, names and ends of the axes stand upright.
+MOST_LEVEL = 8
 # Width and height of a label's character, in pixels.
 CHARACTER = (10, 15)
 
@@ -62,8 +64,8 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
         figure.colorbar(weights, ax=axes, label=f"weight of {front.objectives[0]}", shrink=0.7, pad=0.02)
     else:
         axes.set_axis_off()
-    volume = hypervolume(F, front.reference_point) if split == "validation" else front.hypervolume
-    test = f" (test: {front.hypervolume:.4g})" if split == "validation" else ""
+    volume = measured_hypervolume(F, front.reference_point) if split == "validation" else front.volume
+    test = f" (test: {front.volume:.4g})" if split == "validation" else ""
     axes.set_title(
         f"{split} split: {best.sum()} of {len(front.members)} members non-dominated, hypervolume {volume:.4g}{test}",
         loc="left",
@@ -127,7 +129,7 @@ def draw_fronts(
         axes.set_xlabel(f"{objectives[0]}, test")
         axes.set_ylabel(f"{objectives[1]}, test")
     else:
-        axes.set_xticks(columns, list(objectives))
+        axes.set_xticks(columns, list(objectives), rotation=90 if len(objectives) > MOST_LEVEL else 0)
         axes.set_ylabel("objectives on the test split, lower is better, scaled to the range of all fronts")
     axes.legend(handles, list(names), loc="best", fontsize=8.5, frameon=False)
     figure.savefig(file, format="png")
@@ -198,6 +200,7 @@ def _parallel(
     heights = np.where(varies, (F - low) / np.where(varies, high - low, 1.0), 0.5 + np.sign(F - low))
     top = 1.12
     columns = range(len(front.objectives))
+    turned = len(columns) > MOST_LEVEL  # beside each other, texts would overlap
     for column in columns:
         axes.axvline(column, color="0.85", linewidth=1, zorder=0)
         ends = ((0, low), (1, high)) if varies[column] else ((0.5, low),)
@@ -205,10 +208,11 @@ def _parallel(
             axes.annotate(
                 f"{values[column]:.4g}",
                 (column, height),
-                (-5, -7 if height == 0 else 7),
+                ((0 if turned else -5), -7 if height == 0 else 7),
                 textcoords="offset points",
-                ha="right",
-                va="center",
+                rotation=90 if turned else 0,
+                ha="center" if turned else "right",
+                va=("top" if height == 0 else "bottom") if turned else "center",
                 fontsize=8.5,
                 color="0.25",
                 zorder=5,
@@ -218,9 +222,9 @@ def _parallel(
     colours = _colours(front)
     for row in np.flatnonzero(best):
         axes.plot(columns, heights[row], color=colours[row], linewidth=1.5, marker="o", markersize=4, zorder=2)
-    axes.set_xticks(columns, list(front.objectives))
+    axes.set_xticks(columns, list(front.objectives), rotation=90 if turned else 0)
     axes.set_xlim(-0.1 * max(1, len(columns) - 1), columns[-1] + 0.1 * max(1, len(columns) - 1))
-    axes.set_ylim(-0.1, top)
+    axes.set_ylim(-0.22 if turned else -0.1, top)
     axes.set_yticks([])
     axes.set_ylabel(f"objectives on the {front.chosen_on} split, lower is better")
     axes.spines[["top", "right", "left"]].set_visible(False)

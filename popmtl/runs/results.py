@@ -16,32 +16,33 @@ from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front, Split
+from popmtl.runs.front import BEST, LAST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
-    """Writes front.json, front.csv, front.png and explorer.html into the run's pareto folder.
+    """Writes front.json, front.csv, front.png and explorer.html into the front's folder, `pareto` or `pareto/best`.
 
     Raises:
         RunError: a file cannot be written.
     """
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(_table(front))
-    write_result(folder, "pareto/front.csv", table.getvalue().encode())
+    write_result(folder, f"{front.place}/front.csv", table.getvalue().encode())
     picture = io.BytesIO()
     draw_front(front, picture)
-    write_result(folder, "pareto/front.png", picture.getvalue())
-    page = explorer_page(front, folder.name, hypervolumes(folder), Loading(folder.location))
-    write_result(folder, "pareto/explorer.html", page.encode())
+    write_result(folder, f"{front.place}/front.png", picture.getvalue())
+    title = f"{folder.name}, best evaluation" if front.best else folder.name
+    page = explorer_page(front, title, hypervolumes(folder), Loading(folder.location))
+    write_result(folder, f"{front.place}/explorer.html", page.encode())
     # Last: a reader takes the presence of front.json for the end of the run.
-    write_result(folder, "pareto/front.json", front.to_json().encode())
+    write_result(folder, f"{front.place}/front.json", front.to_json().encode())
 
 
-def hypervolumes(folder: RunFolder) -> list[tuple[int, float]]:
-    """The hypervolume on the validation split after so many steps, at each evaluation of a run."""
-    return [(line["step"], line["hypervolume"]) for line in folder.metrics()]
+def hypervolumes(folder: RunFolder) -> list[tuple[int, float, float | None]]:
+    """For each evaluation of a run, its step, the hypervolume on the validation split, and the error of an estimate."""
+    return [(line["step"], line["hypervolume"], line.get("hypervolume_error")) for line in folder.metrics()]
 
 
 def write_result(folder: RunFolder, name: str, content: bytes) -> None:
@@ -64,23 +65,24 @@ def model_file(subproblem: int) -> str:
     return f"models/{subproblem}/model.safetensors"
 
 
-def write_model(folder: RunFolder, subproblem: int, state: Mapping[str, Tensor]) -> str:
+def write_model(folder: RunFolder, subproblem: int, state: Mapping[str, Tensor], place: str = LAST) -> str:
     """Writes a model's parameters and buffers, each with its own dtype, as safetensors.
 
     Args:
         folder: the run's folder.
         subproblem: the number of the subproblem that the model solves.
         state: the model's `state_dict()`, on any device.
+        place: the front's folder in that of the run.
 
     Returns:
-        The file, relative to the pareto folder.
+        The file, relative to the front's folder.
 
     Raises:
         RunError: the file cannot be written.
     """
     # safetensors refuses tensors that share memory: tied parameters, and rows of the population.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    write_result(folder, f"pareto/{model_file(subproblem)}", save(copies, {"format": "pt"}))
+    write_result(folder, f"{place}/{model_file(subproblem)}", save(copies, {"format": "pt"}))
     return model_file(subproblem)
 
 
@@ -94,7 +96,9 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None = None) -> nn.Module:
+def load_model(
+    run_folder: str | Path, subproblem: int, checkpoint: str | None = None, *, best: bool = False
+) -> nn.Module:
     """A trained member of a run's Pareto set, on the CPU and in evaluation mode.
 
     Args:
@@ -102,6 +106,8 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
         subproblem: the member's number.
         checkpoint: name of a checkpoint, such as "step-00000300", to take the model from as it was then; None takes
             the result.
+        best: take the result of the evaluation with the largest validation hypervolume (`front.best`), and not of the
+            run's end.
 
     Returns:
         The model that the run's problem builds, with the member's weights.
@@ -120,13 +126,14 @@ def load_model(run_folder: str | Path, subproblem: int, checkpoint: str | None =
     parameters = dict(config["problem"])
     name = parameters.pop("name")
     problem = load_problem(name, parameters)
-    file = f"pareto/{model_file(subproblem)}"
+    place = BEST if best else LAST
+    file = f"{place}/{model_file(subproblem)}"
     if checkpoint:
         file = f"checkpoints/{checkpoint}/{subproblem_file(subproblem)}"
     if not folder.files.entry(file):
-        present = sorted(int(number) for number in folder.files.children("pareto/models"))
+        present = sorted(int(number) for number in folder.files.children(f"{place}/models"))
         raise RequestError(
-            f"{folder.location} has no model of subproblem {subproblem}; it has those of {present}"
+            f"{folder.files.where(place)} has no model of subproblem {subproblem}; it has those of {present}"
             if checkpoint is None
             else f"{folder.location} has no checkpoint {checkpoint} of subproblem {subproblem}"
         )

@@ -52,6 +52,8 @@ NOT_NOW = (401, 403, 408, 429, 499)
 # What databases say, within a BAD_REQUEST, of a row that another run has made in the same moment; once it is there,
 # MLflow finds it.
 TAKEN = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
+# What a run is tagged whose hypervolumes are estimates.
+ESTIMATE = "estimated: hypervolume_error is half the width of the 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,11 @@ class Sender:
         self._uri: str = opening["uri"]
         self._objectives: list[str] = opening["objectives"]
         self._diverged: set[str] = set()
+        self._estimates = False
         self._points: defaultdict[str, list[Metric]] = defaultdict(list)
         self._kinds: Mapping[str, Callable[[Entry], None]] = {
             "opening": self._open,
-            "file": lambda entry: self._log_file(entry["name"]),
+            "file": lambda entry: self._log_file(entry["name"], entry.get("place")),
             "evaluation": self._log_evaluation,
             "training losses": lambda entry: self._log_curves("train/loss", self._objectives, entry),
             "stability": lambda entry: self._log_curves("aligned_mtl", STABILITY, entry),
@@ -213,13 +216,24 @@ class Sender:
 
     def _log_evaluation(self, entry: Entry) -> None:
         step = entry["step"]
-        figures = [("hypervolume", entry["hypervolume"], step), ("front/size", entry["front_size"], step)]
+        figures = [*self._hypervolume("", entry), ("front/size", entry["front_size"], step)]
         self._collect(self._parent(), entry, figures)
         self._log_curves("val/loss", self._objectives, {**entry, "steps": [step], "values": [entry["losses"]]})
         for i, run_id in self._members():
             # A metric may be undefined where nothing diverged.
             values = [(f"val/metric/{name}", of[i], step) for name, of in entry.get("metrics", {}).items()]
             self._collect(run_id, entry, [figure for figure in values if figure[1] is not None])
+
+    def _hypervolume(self, prefix: str, entry: Entry) -> list[tuple[str, float | None, int]]:
+        """An entry's hypervolume; an estimate with its error, and the run tagged."""
+        figures = [(f"{prefix}hypervolume", entry["hypervolume"], entry["step"])]
+        error = entry.get("hypervolume_error")  # the journals of earlier versions do not have it
+        if error is not None:
+            figures.append((f"{prefix}hypervolume_error", error, entry["step"]))
+            if not self._estimates:
+                self._client().set_tag(self._parent(), "popmtl.hypervolume", ESTIMATE)
+            self._estimates = True
+        return figures
 
     def _log_curves(self, prefix: str, names: Sequence[str], entry: Entry) -> None:
         """Points of the members' curves: an entry's values, shape (T, N, names), at T steps."""
@@ -244,7 +258,7 @@ class Sender:
             client.set_tag(self._parent(), "popmtl.recoveries", str(entry["recoveries"]))
 
     def _log_front(self, entry: Entry) -> None:
-        self._log(self._parent(), entry, [("objective/hypervolume", entry["hypervolume"], entry["step"])])
+        self._log(self._parent(), entry, self._hypervolume("objective/", entry))
         for name in ("front.json", "front.csv", "front.png"):
             self._log_file(f"pareto/{name}", "pareto")
 

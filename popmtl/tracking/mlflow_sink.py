@@ -2,7 +2,8 @@
 
     experiment "popmtl/<config>"
     └─ run "<run name>"       popmtl.kind=front   params: the config
-       │                      metrics: hypervolume, front/size, objective/hypervolume
+       │                      metrics: hypervolume, front/size, objective/hypervolume; of estimates
+       │                      hypervolume_error, objective/hypervolume_error and the tag popmtl.hypervolume
        │                      artifacts: config.yaml, pareto/{explorer.html,front.json,front.csv,front.png}
        │                      model "front", which chooses; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
@@ -35,7 +36,7 @@ from numpy.typing import ArrayLike, NDArray
 from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front
+from popmtl.runs.front import BEST, Front
 from popmtl.tracking.links import Location, is_served
 from popmtl.tracking.outbox import JOURNAL, Entry, Outbox
 
@@ -174,6 +175,7 @@ class MlflowSink:
         front_size: int,
         validation: ArrayLike,
         metrics: Mapping[str, Sequence[float]] | None = None,
+        hypervolume_error: float | None = None,
     ) -> None:
         """Logs an evaluation of the whole population; one of a step that is logged already is left out.
 
@@ -183,10 +185,12 @@ class MlflowSink:
             front_size: how many members are non-dominated.
             validation: validation losses, shape (N, m).
             metrics: of the problem on the validation split by name, N values each.
+            hypervolume_error: of an estimate.
         """
         losses = np.asarray(validation, dtype=np.float64)
-        content = {"step": step, "hypervolume": hypervolume, "front_size": front_size, "losses": losses}
-        self._outbox.add("evaluation", {**content, "metrics": metrics or {}}, f"evaluation {step}")
+        figures = {"hypervolume": hypervolume, "hypervolume_error": hypervolume_error, "front_size": front_size}
+        content = {"step": step, **figures, "losses": losses, "metrics": metrics or {}}
+        self._outbox.add("evaluation", content, f"evaluation {step}")
 
     def log_training_losses(self, steps: ArrayLike, losses: ArrayLike) -> None:
         """Logs the losses of consecutive training steps, averaged so that a run has some hundred points a curve.
@@ -231,7 +235,8 @@ class MlflowSink:
             front: the Pareto set, which has been written to the run's folder.
             models: which members' models to log: the non-dominated ones, all, or none.
         """
-        self._outbox.add("front", {"hypervolume": front.hypervolume, "step": front.steps}, "front")
+        figures = {"hypervolume": front.hypervolume, "hypervolume_error": front.hypervolume_error}
+        self._outbox.add("front", {**figures, "step": front.steps}, "front")
         for member in front.members:
             logged = member.lost is None and (models == "all" or (models == "front" and member.non_dominated))
             content = {**asdict(member), "step": front.steps, "with_model": logged}
@@ -239,6 +244,11 @@ class MlflowSink:
         if models != "none":
             self._outbox.add("picker", {"step": front.steps}, "picker")
         self._outbox.add("explorer", {}, "explorer")
+
+    def log_best_front(self) -> None:
+        """Logs the files of the front of the best evaluation, which have been written to the run's folder."""
+        for name in ("front.json", "front.csv", "front.png", "explorer.html"):
+            self._outbox.add("file", {"name": f"{BEST}/{name}", "place": BEST}, f"file {BEST}/{name}")
 
     def close(self, status: Status, timeout: float | None = None) -> list[str]:
         """Sends what is left and ends the runs.

@@ -43,7 +43,7 @@ def note(front: Front, versions: Mapping[str, str]) -> str:
     point = ", ".join(f"{x:.4g}" for x in front.reference_point)
     lines = [
         f"**{len(front.members)} models, {best} of them non-dominated on the {front.chosen_on} split; hypervolume "
-        f"{front.hypervolume:.5g}** at ({point}), on the test split.",
+        f"{front.volume:.5g}** at ({point}), on the test split.",
         "",
         "Choose one in *Artifacts* → `pareto/explorer.html`.",
     ]

@@ -43,11 +43,12 @@ def saved_views(objectives: Sequence[str], parent: str) -> dict[str, str]:
             ("Training losses", [_curve(f"train/loss/{name}") for name in objectives]),
         ),
     }
-    columns = [_metric(name) for name in ("objective/hypervolume", "hypervolume", "front/size")]
+    figures = ("objective/hypervolume", "objective/hypervolume_error", "hypervolume", "front/size")
+    columns = [_metric(name) for name in figures]
     columns += [f"params.`{key}`" for key in ("population.subproblems", "train.steps", "fine_tune.steps", "seed")]
     fronts = {
         **_page("tags.`popmtl.kind` = 'front'", "attributes.start_time", columns, ascending=False),
-        **_charts(("Quality of the front", [_curve("hypervolume"), _curve("front/size")])),
+        **_charts(("Quality of the front", [_curve("hypervolume"), _curve("hypervolume_error"), _curve("front/size")])),
     }
     named = {MEMBERS: ("Pareto front: the members", members), FRONTS: ("Fronts: hypervolume over steps", fronts)}
     return {PREFIX + key: _tag(name, state) for key, (name, state) in named.items()}

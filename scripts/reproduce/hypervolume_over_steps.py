@@ -50,7 +50,7 @@ from rich.table import Table
 from popmtl.config import load_config
 from popmtl.distributed.placement import local_nodes
 from popmtl.distributed.plan import make_plan, train_in_process
-from popmtl.method.front import hypervolume
+from popmtl.method.front import Hypervolume, hypervolume
 from popmtl.method.population import objective_matrix
 
 SIDES = ("independent", "mtgd")
@@ -73,6 +73,7 @@ def train(config_path: str, overrides: list[str], side: str, batch: int, rate: f
     run["steps"] = [seen.step for seen in population.history]
     run["hypervolume"] = [seen.hypervolume for seen in population.history]
     run["end"] = population.history[-1].hypervolume
+    run["error"] = population.history[-1].hypervolume_error  # of an estimate
     run["front_size"] = population.history[-1].front_size
     run["test"] = hypervolume(objective_matrix(population.block.evaluate("test")), population.reference_point)
     run["cpu_seconds"] = time.process_time() - start
@@ -202,7 +203,7 @@ def main() -> None:
             run = task.result()
             runs.append(run)
             left = (time.monotonic() - start) / done * (len(grid) - done)
-            said = run.get("diverged") or f"hypervolume {run['end']:.3f}"
+            said = run.get("diverged") or f"hypervolume {Hypervolume(run['end'], run['error']):.3f}"
             console.print(
                 f"{done}/{len(grid)} {run['side']} batch {run['batch']} lr {run['rate']:g} seed {run['seed']}: "
                 f"{said}, {left:.0f} s left",

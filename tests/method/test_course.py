@@ -1,9 +1,11 @@
 """The course of a run: its chunks, what it keeps of the observations, and where it ends."""
 
+import json
+
 import numpy as np
 import pytest
 
-from popmtl.method.course import Course
+from popmtl.method.course import Course, Stop
 
 W = np.array([[0.3, 0.7], [0.7, 0.3]])
 M = np.array([[0.7, 0.3], [0.3, 0.7]])
@@ -88,3 +90,72 @@ def test_observations_are_recorded_with_hypervolume_and_front():
     assert (second.step, second.hypervolume, second.front_size) == (2, pytest.approx(6), 1)
     assert course.history == [first, second]
     assert course.reference_point.tolist() == [3, 0]
+
+
+def stopping(volumes, steps=100, every=1, **rule):
+    """A course whose evaluations have these hypervolumes: one model's, (1 − v, 0) from (1, 1)."""
+    course = Course(np.ones((1, 2)) / 2, np.eye(1), np.ones(steps), every, [0, 0], [1, 1], stop=Stop(**rule))
+    for volume in volumes:
+        course.observe(np.array([[1 - volume, 0.0]]))
+        chunk = course.next_chunk()
+        if chunk is None:
+            break
+        course.advance(chunk)
+    return course
+
+
+@pytest.mark.parametrize(
+    ("volumes", "rule", "step"),
+    [
+        ([0.1, 0.2, 0.2, 0.2, 0.9], {"patience": 2}, 3),
+        ([0.1, 0.2, 0.1, 0.3, 0.2, 0.3, 0.9], {"patience": 2}, 5),  # to come back to the best is no improvement
+        ([0.5, 0.1, 0.9], {"patience": 1}, 1),
+        ([0.5, 0.52, 0.54, 0.56, 0.58], {"patience": 2, "min_improvement": 0.1}, 2),  # each small, of the last one
+        ([0.5, 0.52, 0.56, 0.57, 0.62], {"patience": 2, "min_improvement": 0.1}, None),
+        ([0.0, 0.0, 0.0, 0.1], {"patience": 3}, None),
+        ([0.5] * 20, {}, None),
+    ],
+)
+def test_a_course_stops_after_so_many_evaluations_without_an_improvement(volumes, rule, step):
+    course = stopping(volumes, **rule)
+    if step is None:
+        assert course.stopped is None
+        assert course.next_chunk() is not None
+    else:
+        assert course.step == step
+        assert course.stopped == f"no improvement of the hypervolume in {rule['patience']} evaluations"
+        assert course.next_chunk() is None
+
+
+def test_a_course_that_ends_anyway_did_not_stop_early():
+    course = stopping([0.5] * 3, steps=2, patience=2)
+    assert (course.step, course.stopped, course.next_chunk()) == (2, None, None)
+
+
+def test_a_course_stops_when_its_hours_are_over_and_is_evaluated_there():
+    course = Course(W, M, np.ones(100), 10, stop=Stop(max_hours=1.0))
+    course.observe(F)
+    assert not course.advance(course.next_chunk(3), 3000.0)
+    assert course.next_chunk() is not None
+    again = Course(W, M, np.ones(100), 10, stop=Stop(max_hours=1.0))
+    again.restore(json.loads(json.dumps(course.state())))  # the time before an interruption counts
+    assert again.advance(again.next_chunk(3), 600.0)
+    assert (again.step, again.next_chunk(), again.stopped) == (6, None, "1 hours of training")
+
+
+def test_a_course_that_goes_on_stops_where_it_would_have_and_knows_its_best():
+    volumes = [0.1, 0.4, 0.4, 0.3, 0.2, 0.6]
+    for interrupted in range(1, 4):
+        course = Course(np.ones((1, 2)) / 2, np.eye(1), np.ones(9), 1, [0, 0], [1, 1], stop=Stop(patience=3))
+        for n, volume in enumerate(volumes):
+            course.observe(np.array([[1 - volume, 0.0]]))
+            if n == interrupted:
+                state = json.loads(json.dumps(course.state()))
+                course = Course(np.ones((1, 2)) / 2, np.eye(1), np.ones(9), 1, [0, 0], [1, 1], stop=Stop(patience=3))
+                course.restore(state)
+            if (chunk := course.next_chunk()) is None:
+                break
+            course.advance(chunk)
+        assert (course.step, course.best.step) == (4, 1)  # of equals the first
+        course.restore(json.loads(json.dumps(course.state())))
+        assert course.next_chunk() is None

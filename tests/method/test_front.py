@@ -1,12 +1,24 @@
 """Dominance, hypervolume and picking against brute force, hand counts and pymoo."""
 
 import itertools
+import time
 
+import moocore
 import numpy as np
 import pytest
 from pymoo.indicators.hv import HV
 
-from popmtl.method.front import hypervolume, ideal_point, knee, nadir_point, non_dominated, pick
+from popmtl.method import front
+from popmtl.method.front import (
+    _estimated,
+    hypervolume,
+    ideal_point,
+    knee,
+    measured_hypervolume,
+    nadir_point,
+    non_dominated,
+    pick,
+)
 
 
 def dominated_by_any(F, i):
@@ -172,3 +184,82 @@ def test_candidates_are_measured_by_the_scale_of_the_whole_front():
     for candidates, message in (([True] * 4, r"shape \(5,\)"), ([False] * 4 + [True], "no candidate has finite")):
         with pytest.raises(ValueError, match=message):
             knee(F, candidates)
+
+
+SHAPES = ("simplex", "concave-sphere", "convex-sphere", "inverted-simplex", "convex-simplex", "concave-simplex")
+
+
+@pytest.mark.parametrize(("m", "n"), [(3, 1000), (4, 1000), (5, 300), (6, 300), (8, 40), (10, 30), (15, 16), (20, 12)])
+def test_hypervolume_is_exact_as_far_as_that_is_quick(m, n):
+    F = moocore.generate_ndset(n, m, "concave-sphere", seed=0)
+    crowd = np.vstack([F, F + 0.01, F, np.full((1, m), 2.0)])  # dominated, twice there, outside: none of them counts
+    start = time.process_time()
+    volume = measured_hypervolume(crowd, np.full(m, 1.1))
+    assert time.process_time() - start < 0.5
+    assert volume.error is None
+    assert volume.value == pytest.approx(moocore.hypervolume(F, ref=np.full(m, 1.1)), rel=1e-12)
+    assert f"{volume:.3g}" == f"{volume.value:.3g}"
+
+
+@pytest.mark.parametrize(("m", "n"), [(6, 601), (8, 200), (20, 100), (20, 1000), (31, 100), (40, 100)])
+def test_beyond_that_it_is_a_quick_estimate_that_never_changes(m, n):
+    F = np.random.default_rng(0).dirichlet(np.ones(m), n)  # none dominates another
+    start = time.process_time()
+    volume = measured_hypervolume(F, np.full(m, 1.1))
+    assert time.process_time() - start < 0.5
+    assert 0 < volume.error < 0.1 * volume.value
+    assert f"{volume:.5g}" == f"≈ {volume.value:.5g} ± {volume.error:.2g} (estimate)"
+    assert hypervolume(F, np.full(m, 1.1)) == volume.value
+    # Order, duplicates and dominated models change nothing, not a bit.
+    crowd = np.random.default_rng(1).permutation(np.vstack([F, F + 0.1, F[:5]]))
+    assert measured_hypervolume(crowd, np.full(m, 1.1)) == volume
+    # Units change nothing but the unit. Powers of two do not round.
+    units = 2.0 ** np.arange(m)
+    scaled = measured_hypervolume(F * units, np.full(m, 1.1) * units)
+    assert (scaled.value, scaled.error) == (volume.value * units.prod(), volume.error * units.prod())
+
+
+def boxes(m, n, shape, seed):
+    """A front with some models that barely reach inside the reference point (all ones) in a few objectives."""
+    F = moocore.generate_ndset(n, m, shape, seed=seed)
+    random = np.random.default_rng(seed)
+    for row in F:
+        thin = random.choice(m, seed % 4, replace=False)
+        row[thin] = 1 - 10.0 ** -random.integers(1, 5) * (1 - row[thin])
+    return F
+
+
+@pytest.mark.parametrize("work", [1, 30])
+def test_estimates_are_as_close_to_the_exact_values_as_they_say(work, monkeypatch):
+    # Fewer samples: quicker, and no less honest.
+    monkeypatch.setattr(front, "WORK", front.WORK / 300 * work)
+    monkeypatch.setattr(front, "COVERING_WORK", front.COVERING_WORK / 300 * work)
+    hits, tightest = [], []
+    for m, n in ((5, 150), (6, 100), (8, 50), (10, 30), (12, 20)):
+        for shape, seed in itertools.product(SHAPES, range(4)):
+            F = boxes(m, n, shape, seed)
+            exact = moocore.hypervolume(F, ref=np.ones(m))
+            estimate = _estimated(1 - F)
+            hits.append(abs(estimate.value - exact) <= estimate.error)
+            tightest.append(estimate.error / exact)
+    assert np.mean(hits) >= 0.9, f"95 % intervals: {np.mean(hits):.0%} hold the exact value"
+    assert np.median(tightest) < 0.1 / np.sqrt(work)
+
+
+def test_estimates_of_twenty_objectives_hold_what_plain_sampling_finds():
+    # 100 boxes that fill much of a cube, so that points drawn from the cube tell their volume.
+    m, groups, each = 20, 20, 5
+    sides = np.full((groups * each, m), 0.9)
+    for i in range(groups * each):
+        group, k = divmod(i, each)
+        sides[i, group] = 0.2 + 0.1 * k  # thin here,
+        sides[i, (group + 1) % m] = 0.9 - 0.1 * k  # and the thinner, the wider there
+    estimate = _estimated(sides)
+    random = np.random.default_rng(7)
+    points = random.uniform(0, 0.9, size=(100_000, m))
+    inside = np.zeros(len(points), dtype=bool)
+    for side in sides:
+        inside |= (points <= side).all(axis=1)
+    volume, spread = inside.mean() * 0.9**m, np.sqrt(inside.mean() / len(points)) * 0.9**m
+    assert estimate.value == pytest.approx(volume, abs=estimate.error + 3 * spread)
+    assert estimate.error < 0.05 * volume

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from popmtl.errors import CheckpointDamaged
+from popmtl.method.front import Hypervolume
 from popmtl.runs.checkpoint import (
     checkpoint_name,
     checkpoints,
@@ -176,7 +177,7 @@ def test_the_best_one_is_kept_on_request(folder):
     folder.write(f"{checkpoint_name(200)}/course.json", b"no course")
     keep_last(folder, 2, best=True)
     assert checkpoints(folder) == [checkpoint_name(step) for step in (700, 600, 500)]
-    assert hypervolume_of(folder, checkpoint_name(500)) == 3.0
+    assert hypervolume_of(folder, checkpoint_name(500)) == Hypervolume(3.0)
     keep_last(folder, 1)
     assert checkpoints(folder) == [checkpoint_name(700)]
 
@@ -188,3 +189,14 @@ def test_a_version_that_is_not_ours_is_not_read(folder):
     latest, complaints = found(folder)
     assert latest == checkpoint_name(200)
     assert "version 99" in complaints[0]
+
+
+def test_the_best_evaluation_before_each_that_stays_is_kept(folder):
+    for step, best in ((300, 300), (320, 300), (350, 350), (380, 350), (410, 350)):
+        commit(folder, checkpoint_name(step), [], {"step": step, "best": best})
+        keep_last(folder, 1)
+        assert checkpoint_name(best) in checkpoints(folder)
+    assert checkpoints(folder) == [checkpoint_name(410), checkpoint_name(350)]
+    commit(folder, checkpoint_name(440), [], {"step": 440, "best": 440})
+    keep_last(folder, 2)
+    assert checkpoints(folder) == [checkpoint_name(step) for step in (440, 410, 350)]  # 440 may yet be damaged

@@ -75,6 +75,8 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
         "objectives": ["left", "right"],
         "reference_point": [1.0, 1.0],
         "hypervolume": 0.36,
+        "hypervolume_error": None,
+        "best": False,
         "metrics": {"accuracy": "higher"},
         "baseline": {},
         "seed": 7,

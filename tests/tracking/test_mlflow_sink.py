@@ -15,7 +15,7 @@ from mlflow import MlflowClient, pyfunc, pytorch
 from tracked_problems import BranchingModel, TwoHeadsModel
 
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.results import load_state
+from popmtl.runs.results import load_state, write_front
 from popmtl.tracking import mlflow_sink, models
 from popmtl.tracking.links import Location, links, where_to_look
 from popmtl.tracking.mlflow_sink import MlflowSink
@@ -268,6 +268,24 @@ def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplo
     assert message.startswith("evaluation at step 1: IndexError")
     run = logged.client.get_run(sink.location.run_id)
     assert (run.data.metrics["hypervolume"], run.info.status) == (0.5, "FINISHED")
+
+
+def test_an_estimated_hypervolume_has_its_error_and_a_tag(logged, storage):
+    folder, front = finished_folder(storage, "run-estimated", [TwoHeadsModel() for _ in range(3)])
+    sink = MlflowSink.open(Settings(experiment="estimated"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
+    sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), 0.01)
+    write_front(folder, replace(front, best=True))
+    sink.log_best_front()
+    sink.log_front(replace(front, hypervolume_error=0.02), "none")
+    assert sink.close("FINISHED", timeout=60) == []
+    run = logged.client.get_run(sink.location.run_id)
+    assert (run.data.metrics["hypervolume"], run.data.metrics["hypervolume_error"]) == (0.5, 0.01)
+    assert run.data.metrics["objective/hypervolume_error"] == 0.02
+    kinds = ("explorer.html", "front.json", "front.csv", "front.png")
+    assert artifacts(logged.client, run, "pareto/best") == {f"pareto/best/{kind}" for kind in kinds}
+    assert run.data.tags["popmtl.hypervolume"].startswith("estimated")
+    assert "hypervolume_error" not in logged.parent.data.metrics
+    assert "popmtl.hypervolume" not in logged.parent.data.tags
 
 
 def test_close_waits_no_longer_than_told(logged, storage, monkeypatch):
