@@ -21,10 +21,12 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from torch.optim import Optimizer
@@ -143,13 +145,22 @@ def _try_optimizer(name: str, arguments: Mapping[str, Any]) -> Optimizer:
     return made
 
 
-class GroupConfig(BaseModel):
+class _Component(BaseModel):
+    """Something chosen by name; all keys that it does not know are its arguments, and keys without a value are left out."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        own = {field.alias or name for name, field in type(self).model_fields.items()} | set(type(self).model_fields)
+        return {key: value for key, value in handler(self).items() if key not in own or value not in (None, [])}
+
+
+class GroupConfig(_Component):
     """Parameters of their own settings: shell patterns for their names, and arguments that differ.
 
     With a `name` of its own the group has another optimizer, with the arguments that are given here alone.
     """
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     match: str | list[str]
     name: str | None = None
@@ -167,10 +178,8 @@ class GroupConfig(BaseModel):
         return ParameterGroup(patterns, {}, partial(_optimizer_class(self.name), **self.options))
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(_Component):
     """A class of torch.optim, or `package.module:Class`; all other keys but `groups` are its arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = "Adam"
     groups: list[GroupConfig] = []
@@ -198,14 +207,12 @@ class OptimizerConfig(BaseModel):
         return tuple(group.build() for group in self.groups)
 
 
-class LRScheduleConfig(BaseModel):
+class LRScheduleConfig(_Component):
     """A class of torch.optim.lr_scheduler, stepped at every step; all other keys are its arguments.
 
     An argument given as the word `steps` becomes the number of steps that the schedule lasts: `for` so many, in a
     sequence of schedules, or all that are left of the stage.
     """
-
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
     name: str
     lasts: Annotated[Count, Field(ge=1)] | None = Field(None, alias="for")
