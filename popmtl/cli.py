@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from popmtl.distributed.placement import Nodes
     from popmtl.distributed.plan import RunPlan
+    from popmtl.runs.baseline import SingleTask
     from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
@@ -88,6 +89,7 @@ def train(options: argparse.Namespace) -> None:
         # Without a cluster to ask, what is wrong is said before Ray takes its seconds to start.
         nodes = session.enter_context(driver.cluster(options.address)) if options.address else local_nodes()
         plan = make_plan(config, nodes)
+        config = plan.config
         if options.profile and steps_needed(options.profile) > len(plan.factors):
             needed = steps_needed(options.profile)
             raise RequestError(
@@ -139,7 +141,7 @@ def train(options: argparse.Namespace) -> None:
             console.print(hint, highlight=False, soft_wrap=True)
 
 
-def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> dict[str, float]:
+def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> SingleTask:
     """Trains the single-task models of a run beside it, unless they are there; their figures.
 
     Args:
@@ -302,7 +304,7 @@ def front(options: argparse.Namespace) -> None:
 def pick(options: argparse.Namespace) -> None:
     """`popmtl pick`: chooses a model of a finished run, and exports it."""
     from popmtl.display import print_choice
-    from popmtl.runs.choice import choose, described, finished_front
+    from popmtl.runs.choice import choose, chosen_on_test, described, finished_front
     from popmtl.runs.export import export
     from popmtl.runs.files import to_json
     from popmtl.runs.folder import RunFolder
@@ -315,7 +317,7 @@ def pick(options: argparse.Namespace) -> None:
         found = finished_front(folder, PLACES[options.source])
     choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
     member = choice.member.subproblem
-    warnings = []
+    warnings = [warning] if (warning := chosen_on_test(found)) else []
     if choice.dominated_by:
         others = ", ".join(str(other) for other in choice.dominated_by)
         warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")

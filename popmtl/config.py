@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +15,20 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from popmtl.errors import RequestError, nearest
 from popmtl.method.aligned_mtl import SCALES
@@ -22,6 +36,7 @@ from popmtl.method.course import Stop
 from popmtl.method.decomposition import MIN_WEIGHT
 from popmtl.method.gradients import GradientMethod, gradient_method
 from popmtl.method.mtgd import ORDERS, PRECISIONS
+from popmtl.method.optimizers import Clip, ParameterGroup
 from popmtl.method.reseeding import MAX_RESEEDS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
 from popmtl.method.transfer import KERNELS, SCHEDULES
@@ -85,49 +100,118 @@ class ScalarizationConfig(_Section):
         return Scalarization(self.name, self.mu, self.rho, self.theta)
 
 
+def _optimizer_class(name: str) -> type[Optimizer]:
+    """A class of torch.optim, or `package.module:Class`.
+
+    Raises:
+        ValueError: there is none that takes plain steps.
+    """
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        known = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)}
+        cls = known.get(name)
+        if cls is None or cls in (Optimizer, torch.optim.LBFGS):
+            names = [n for n in known if n not in ("Optimizer", "LBFGS")]
+            raise ValueError(f"torch.optim has no optimizer {name!r} that takes plain steps{nearest(name, names)}")
+        return cls
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:
+        raise ValueError(f"{name}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError(f"{name}: {module_name} has no torch.optim.Optimizer of the name {class_name!r}")
+    return found
+
+
+def _try_optimizer(name: str, arguments: Mapping[str, Any]) -> Optimizer:
+    """An optimizer that has taken a step on a small matrix.
+
+    Raises:
+        ValueError: there is none of that name, it does not take these arguments, or it cannot take plain steps.
+    """
+    cls = _optimizer_class(name)
+    parameter = torch.zeros(2, 2)
+    parameter.grad = torch.zeros(2, 2)
+    try:
+        made = cls([parameter], **arguments)
+        made.step()
+    except Exception as error:  # of another package's class it may be anything
+        known = list(inspect.signature(cls).parameters)
+        unknown = [key for key in arguments if key not in known]
+        hint = nearest(unknown[0], known) if unknown else ""
+        raise ValueError(f"{name} cannot train a row with these arguments: {error}{hint}") from error
+    return made
+
+
+class GroupConfig(BaseModel):
+    """Parameters of their own settings: shell patterns for their names, and arguments that differ.
+
+    With a `name` of its own the group has another optimizer, with the arguments that are given here alone.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    match: str | list[str]
+    name: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments."""
+        return dict(self.model_extra or {})
+
+    def build(self) -> ParameterGroup:
+        """As the method takes it."""
+        patterns = (self.match,) if isinstance(self.match, str) else tuple(self.match)
+        if self.name is None:
+            return ParameterGroup(patterns, self.options)
+        return ParameterGroup(patterns, {}, partial(_optimizer_class(self.name), **self.options))
+
+
 class OptimizerConfig(BaseModel):
-    """A class of torch.optim; all other keys are its arguments."""
+    """A class of torch.optim, or `package.module:Class`; all other keys but `groups` are its arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = "Adam"
+    groups: list[GroupConfig] = []
 
     @model_validator(mode="after")
     def _constructs(self) -> OptimizerConfig:
-        cls = getattr(torch.optim, self.name, None)
-        if not (isinstance(cls, type) and issubclass(cls, Optimizer)) or cls in (Optimizer, torch.optim.LBFGS):
-            known = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)]
-            known = [n for n in known if n not in ("Optimizer", "LBFGS")]
-            raise ValueError(
-                f"torch.optim has no optimizer {self.name!r} that takes plain steps{nearest(self.name, known)}"
-            )
-        row = torch.zeros(2)
-        row.grad = torch.zeros(2)
-        try:
-            self.build()([row]).step()
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{self.name} cannot train a row with these arguments: {error}{_argument(cls, self)}"
-            ) from error
+        arguments = dict(self.model_extra or {})
+        made = _try_optimizer(self.name, arguments)
+        for group in self.groups:
+            if group.name is not None:
+                _try_optimizer(group.name, group.options)
+                continue
+            for key in group.options:
+                if key not in made.defaults:
+                    raise ValueError(f"groups: {self.name} has no argument {key!r}{nearest(key, made.defaults)}")
+            _try_optimizer(self.name, {**arguments, **group.options})
         return self
 
     def build(self) -> partial[Optimizer]:
-        """Makes the optimizer of a list of rows."""
-        return partial(getattr(torch.optim, self.name), **(self.model_extra or {}))
+        """Makes the optimizer of tensors, or of parameter groups."""
+        return partial(_optimizer_class(self.name), **(self.model_extra or {}))
+
+    def build_groups(self) -> tuple[ParameterGroup, ...]:
+        """The groups as the method takes them."""
+        return tuple(group.build() for group in self.groups)
 
 
 class LRScheduleConfig(BaseModel):
     """A class of torch.optim.lr_scheduler, stepped at every step; all other keys are its arguments.
 
-    An argument given as the word `steps` becomes the number of steps of the stage.
+    An argument given as the word `steps` becomes the number of steps that the schedule lasts: `for` so many, in a
+    sequence of schedules, or all that are left of the stage.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
     name: str
+    lasts: Annotated[Count, Field(ge=1)] | None = Field(None, alias="for")
 
     @model_validator(mode="after")
-    def _constructs(self) -> LRScheduleConfig:
+    def _known(self) -> LRScheduleConfig:
         known = [
             name
             for name, cls in vars(torch.optim.lr_scheduler).items()
@@ -135,20 +219,96 @@ class LRScheduleConfig(BaseModel):
         ]
         if self.name not in known:
             raise ValueError(f"torch.optim.lr_scheduler has no {self.name!r}{nearest(self.name, known)}")
-        try:
-            optimizer = torch.optim.SGD([torch.zeros(2)], lr=1.0)
-            schedule = self.build(10)(optimizer)
-            optimizer.step()
-            schedule.step()
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            cls = getattr(torch.optim.lr_scheduler, self.name)
-            raise ValueError(f"{self.name} does not take these arguments: {error}{_argument(cls, self)}") from error
         return self
 
     def build(self, steps: int) -> partial[LRScheduler]:
-        """Makes the schedule of an optimizer, for a stage of so many steps."""
+        """Makes the schedule of an optimizer, for so many steps."""
         arguments = {key: steps if value == "steps" else value for key, value in (self.model_extra or {}).items()}
         return partial(getattr(torch.optim.lr_scheduler, self.name), **arguments)
+
+
+Schedules = (
+    Annotated[
+        Annotated[LRScheduleConfig, Tag("[one]")] | Annotated[list[LRScheduleConfig], Tag("[sequence]")],
+        Discriminator(lambda given: "[sequence]" if isinstance(given, list) else "[one]"),
+    ]
+    | None
+)
+
+WALKED = 100_000
+"""Steps of a schedule, at most, that are taken to see whether it can take them; some microseconds each."""
+
+
+def build_schedule(given: Schedules, steps: int) -> Callable[[Optimizer], LRScheduler] | None:
+    """Makes the schedule of an optimizer, or one after the other, for a stage of so many steps; None without.
+
+    Raises:
+        ValueError: a sequence does not say how long its schedules last, or they last longer than the stage.
+    """
+    if given is None:
+        return None
+    parts = given if isinstance(given, list) else [given]
+    if not parts:
+        raise ValueError("an empty sequence; give schedules, or null")
+    *first, last = parts
+    if last.lasts is not None:
+        raise ValueError(f"the last schedule, {last.name}, lasts to the end of the stage: leave its `for` away")
+    if len(parts) > 1 and any(part.name == "ReduceLROnPlateau" for part in parts):
+        raise ValueError("ReduceLROnPlateau goes by evaluations, and cannot stand in a sequence, which goes by steps")
+    lengths = [part.lasts or 0 for part in first]
+    if not all(lengths):
+        raise ValueError(f"{first[lengths.index(0)].name}: say `for` how many steps it lasts, such as for: 100")
+    if sum(lengths) >= max(steps, 1):
+        raise ValueError(f"the schedules before {last.name} last {sum(lengths)} steps, and the stage has {steps}")
+    made = [part.build(length) for part, length in zip(parts, [*lengths, steps - sum(lengths)], strict=True)]
+    return made[0] if not first else partial(_in_sequence, made, list(itertools.accumulate(lengths)))
+
+
+def _in_sequence(
+    schedules: Sequence[Callable[[Optimizer], LRScheduler]], milestones: list[int], optimizer: Optimizer
+) -> LRScheduler:
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [make(optimizer) for make in schedules], milestones)
+
+
+def _check_schedule(given: Schedules, steps: int, optimizer: OptimizerConfig) -> None:
+    """Takes the steps of a schedule.
+
+    Raises:
+        ValueError: it cannot take them, or does not take its arguments.
+    """
+    make = build_schedule(given, steps)
+    if make is None or not steps or given is None:
+        return
+    parts = given if isinstance(given, list) else [given]
+    try:
+        schedule = make(optimizer.build()([torch.zeros(2, 2)]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the optimizer takes no step
+            for _ in range(0 if isinstance(schedule, ReduceLROnPlateau) else min(steps, WALKED)):
+                schedule.step()
+    except Exception as error:
+        names = " then ".join(part.name for part in parts)
+        hints = [_argument(getattr(torch.optim.lr_scheduler, part.name), part) for part in parts]
+        hint = next(filter(None, hints), "")
+        said = f"{type(error).__name__}: {error}" if isinstance(error, ArithmeticError) else str(error)
+        raise ValueError(f"{names} does not take {steps} steps with these arguments: {said}{hint}") from error
+
+
+class ClipConfig(_Section):
+    """Bounds of each member's gradient, as clip_grad_norm_ and clip_grad_value_ have them: one of the two."""
+
+    norm: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+    value: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ClipConfig:
+        if (self.norm is None) == (self.value is None):
+            raise ValueError("give norm or value")
+        return self
+
+    def build(self) -> Clip:
+        """As the method takes it."""
+        return Clip(self.norm, self.value)
 
 
 class GradientConfig(BaseModel):
@@ -200,13 +360,23 @@ class TrainConfig(_Section):
 
     steps: Annotated[Count, Field(ge=0)] = 1000
     optimizer: OptimizerConfig = OptimizerConfig()
-    lr_schedule: LRScheduleConfig | None = None
+    lr_schedule: Schedules = None
+    clip: ClipConfig | None = None
+    accumulate: Annotated[Count, Field(ge=1)] = 1
     gradient: GradientConfig | None = None
     evaluate_every: Annotated[Count, Field(ge=1)] = 50
     stop: StopConfig | None = None
     dtype: Literal["float32", "float64"] = "float32"
     precision: Literal[PRECISIONS] = "full"  # type: ignore[valid-type]
     execution: Literal["auto", "loop", "stacked"] = "auto"
+    compile: bool = False
+
+    @field_validator("lr_schedule")
+    @classmethod
+    def _takes_the_steps(cls, given: Schedules, info: ValidationInfo) -> Schedules:
+        if {"steps", "optimizer"} <= set(info.data):  # or they are wrong themselves
+            _check_schedule(given, info.data["steps"], info.data["optimizer"])
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -249,9 +419,26 @@ class FineTuneConfig(_Section):
 
     steps: Annotated[Count, Field(ge=0)] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
-    lr_schedule: LRScheduleConfig | None = None
+    lr_schedule: Schedules = None
+    clip: ClipConfig | None = None
+    accumulate: Annotated[Count, Field(ge=1)] = 1
     scale: Literal[SCALES] = "min"  # type: ignore[valid-type]
     variant: Literal["exact", "ub"] = "exact"
+
+    @field_validator("lr_schedule")
+    @classmethod
+    def _takes_the_steps(cls, given: Schedules, info: ValidationInfo) -> Schedules:
+        if isinstance(given, LRScheduleConfig) and given.name == "ReduceLROnPlateau":
+            raise ValueError("ReduceLROnPlateau goes by evaluations, and this stage has none on its way")
+        if {"steps", "optimizer"} <= set(info.data):
+            _check_schedule(given, info.data["steps"], info.data["optimizer"])
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FineTuneConfig:
+        if self.variant == "ub" and self.accumulate > 1:
+            raise ValueError("accumulate needs variant: exact; ub aligns gradients at the representation of one batch")
+        return self
 
 
 class ResourcesConfig(_Section):
@@ -343,7 +530,7 @@ class Config(_Section):
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data that makes this config again."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -373,14 +560,69 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise RequestError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
 
 
+MAY_DEFAULT = ("population", "scalarization", "train", "transfer", "fine_tune", "front")
+"""The sections that a problem may give defaults for."""
+
+
+def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Config:
+    """A config, with what a problem gives where it says nothing; all of the result's keys count as said.
+
+    An optimizer, a schedule or a gradient method is taken whole, with its arguments, and so is a scalarization if the
+    config names one: what is known to go together stays together.
+
+    Args:
+        config: as it was given.
+        defaults: sections as a config has them; see `Problem.defaults`.
+
+    Raises:
+        RequestError: the defaults are not such sections, or do not go with the config; the key is named.
+    """
+    if not isinstance(defaults, Mapping):
+        raise RequestError(f"defaults must be sections of a config, not {defaults!r}")
+    if unknown := [key for key in defaults if key not in MAY_DEFAULT]:
+        raise RequestError(f"defaults: {unknown[0]!r} must be one of: {', '.join(MAY_DEFAULT)}")
+    try:
+        alone = {"problem": config.problem, "population": config.population, **defaults}
+        if isinstance(population := defaults.get("population"), Mapping):  # which says how many only with weights
+            alone["population"] = {**config.population.model_dump(exclude_unset=True), **population}
+        given = Config.model_validate(alone).model_dump(
+            mode="json", by_alias=True, exclude_unset=True, include=set(defaults)
+        )
+    except ValidationError as error:
+        raise RequestError("; ".join(f"defaults: {_describe(details)}" for details in error.errors())) from error
+    said = config.model_dump(mode="json", by_alias=True, exclude_unset=True, include=set(MAY_DEFAULT))
+    if "name" in said.get("scalarization", {}):
+        given.pop("scalarization", None)
+    try:
+        merged = {key: {**given.get(key, {}), **said.get(key, {})} for key in MAY_DEFAULT}
+        full = Config.model_validate({**dict(config), **merged})
+        return Config.model_validate(
+            {**dict(full), **full.model_dump(mode="json", by_alias=True, include=set(MAY_DEFAULT))}
+        )
+    except ValidationError as error:
+        lines = [_describe(details) for details in error.errors()]
+        raise RequestError(f"defaults do not go with this config: {'; '.join(lines)}") from error
+
+
+def taken(config: Config, full: Config) -> dict[str, Any]:
+    """What of a config comes from the defaults that made it full, by dotted keys of two parts."""
+    plain = config.resolved()
+    return {
+        f"{section}.{key}": value
+        for section in MAY_DEFAULT
+        for key, value in full.resolved()[section].items()
+        if value != plain[section][key]
+    }
+
+
 def single_task(config: Config, objectives: int) -> Config:
     """The run that trains one model for each of so many objectives, by that alone, in as many steps."""
-    alone = {"name": "weighted_sum", "ideal_point": config.scalarization.ideal_point}
+    goal = {"name": "weighted_sum", "ideal_point": config.scalarization.ideal_point}
     steps = config.train.steps + config.fine_tune.steps
-    return config.model_copy(
+    alone = config.model_copy(
         update={
             "population": PopulationConfig(subproblems=objectives, weights=np.eye(objectives).tolist()),
-            "scalarization": ScalarizationConfig.model_validate(alone),
+            "scalarization": ScalarizationConfig.model_validate(goal),
             "train": config.train.model_copy(update={"steps": steps, "gradient": None, "stop": None}),
             "transfer": TransferConfig(strength=0.0),
             "fine_tune": FineTuneConfig(),
@@ -389,6 +631,7 @@ def single_task(config: Config, objectives: int) -> Config:
             "tracking": config.tracking.model_copy(update={"models": "none"}),
         }
     )
+    return Config.model_validate(alone.resolved())  # all of it is said: the problem's defaults change nothing
 
 
 MAY_CHANGE = (
@@ -411,14 +654,17 @@ def resumed_config(own: Mapping[str, Any], given: str | Path | None, overrides: 
 
     Args:
         own: the run's config, as it was resolved.
-        given: a config file that must say the same, but for keys that may change; None takes the run's own.
+        given: a config file that must say the same as far as it says something, but for keys that may change.
         overrides: `key.path=value`, of keys that may change.
 
     Raises:
         RequestError: keys that may not change differ, all of them listed.
     """
     config = Config.model_validate(dict(own))
-    data = load_config(given).resolved() if given else config.resolved()
+    data = config.resolved()
+    if given:  # what it leaves to the problem's defaults, the run has already
+        said = load_config(given).model_dump(mode="json", exclude_unset=True)
+        data |= {key: {**data[key], **value} if key in MAY_DEFAULT else value for key, value in said.items()}
     for override in overrides:
         _override(data, override)
     try:
@@ -491,7 +737,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _describe(details: Any) -> str:
     """One line for one complaint of pydantic: the key's path, what is wrong, what would be right."""
-    location = [str(part) for part in details["loc"] if not str(part).startswith(("list[", "literal["))]
+    location = [str(part) for part in details["loc"] if not str(part).startswith(("list[", "literal[", "["))]
     key = ".".join(location)
     if details["type"] == "extra_forbidden":
         return f"{key}: unknown key{nearest(location[-1], _keys_at(location[:-1]))}"

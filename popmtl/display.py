@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from popmtl.method.front import Hypervolume, exact_points
 from popmtl.runs.baseline import SINGLE_TASK
-from popmtl.runs.choice import in_words, knee_of
+from popmtl.runs.choice import chosen_on_test, figures_of, in_words, knee_of
 from popmtl.runs.comparison import Comparison
+from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
 
 if TYPE_CHECKING:  # they import Ray and torch
     from ray.job_submission import JobDetails
 
+    from popmtl.config import LRScheduleConfig, OptimizerConfig
     from popmtl.distributed.plan import RunPlan
     from popmtl.distributed.progress import Progress
 
@@ -91,6 +94,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("problem", f"{config.problem.name}: {', '.join(plan.objectives)}"),
         ("subproblems", f"{len(plan.W)}, {config.scalarization.name}"),
         ("steps", f"{len(plan.factors)} MTGD" + (f", {plan.aligned.steps} Aligned-MTL" if plan.aligned else "")),
+        ("optimizer", _optimizer(plan)),
         ("actors", plan.placement.describe()),
         ("rows per actor", ", ".join(str(len(rows)) for rows in plan.placement.rows)),
         ("GPUs", f"{len(plan.placement.rows) * plan.placement.gpus:g}"),
@@ -99,7 +103,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         ("overlap", plan.transport.overlap if plan.transfers else "none: nothing transfers"),
         ("parameters", f"{plan.parameters:,} a model, {plan.transferring:,} of them transfer, {dtype}"),
         ("sent per step", _sent(plan)),
-        ("memory per actor", f"{_bytes(plan.memory_per_actor())} and activations"),
+        ("memory per actor", _memory(plan)),
     ]
     if stop := plan.stop:
         patience = f"{stop.patience} evaluations without an improvement" if stop.patience else ""
@@ -111,14 +115,20 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     if len(plan.W) > exact:
         estimated = f"estimated, with its error, where more than {exact} of {len(plan.W)} models are non-dominated"
         lines.insert(3, ("hypervolume", f"{estimated}: the exact one of {m} objectives takes too long"))
+    if plan.rehearsal.stackable:
+        lines.insert(-2, ("execution", f"loop: {plan.rehearsal.stackable}"))
+    if plan.examined:
+        lines.insert(-2, ("batches", plan.examined.describe(plan.draws)))
     if plan.aligned and plan.aligned.variant == "exact":
         lines.insert(-2, ("aligned", f"{plan.shared:,} shared parameters"))
     if config.baseline:
         own = f"{len(plan.objectives)} models of one objective each, trained first"
         lines.insert(3, ("baseline", own if config.baseline == SINGLE_TASK else config.baseline))
+    if plan.defaults:
+        lines.append(("of the problem", ", ".join(f"{key}={to_json(value)}" for key, value in plan.defaults.items())))
     grid = Table.grid(padding=(0, 2))
     for name, value in lines:
-        grid.add_row(name, value)
+        grid.add_row(name, escape(value))
     console.print(grid)
     table = _table()
     for name in ("subproblem", f"weights of {', '.join(plan.objectives)}", "keeps of its own"):
@@ -132,18 +142,46 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     print_warnings(console, plan.warnings)
 
 
+def _component(section: OptimizerConfig | LRScheduleConfig) -> str:
+    """A class and its arguments, as one would call it."""
+    arguments = ", ".join(f"{key}={value}" for key, value in (section.model_extra or {}).items())
+    return f"{section.name}({arguments})"
+
+
+def _optimizer(plan: RunPlan) -> str:
+    """The optimizer, its schedules one after the other, and what it steps."""
+    train = plan.config.train
+    given = train.lr_schedule or []
+    schedules = given if isinstance(given, list) else [given]
+    lasting = [_component(one) + (f" for {one.lasts}" if one.lasts else "") for one in schedules]
+    of = "whole rows" if plan.rehearsal.stepping == "rows" else "the model's own parameters"
+    groups = f" with {len(train.optimizer.groups)} groups" if train.optimizer.groups else ""
+    return ", ".join([_component(train.optimizer) + groups, *([" then ".join(lasting)] if lasting else []), f"of {of}"])
+
+
+def _memory(plan: RunPlan) -> str:
+    """What an actor takes; apart what all its members share, where that is much."""
+    constant = plan.rehearsal.constant_bytes
+    once = f"; of it {_bytes(constant)} of frozen parameters and buffers, once" if constant >= 2**20 else ""
+    return f"{_bytes(plan.memory_per_actor())} and activations, {_bytes(plan.memory_per_row())} a member more{once}"
+
+
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
     """One line each."""
     for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
 def print_front(console: Console, front: Front) -> None:
-    """The front as a table; dominated members are dim and have no star, the knee has a k."""
+    """The front as a table of figures on the test split, with marks of the split by which members are chosen.
+
+    Dominated members are dim and have no star, the knee has a k.
+    """
     point = ", ".join(f"{x:.3g}" for x in front.reference_point)
     size = sum(member.non_dominated for member in front.members)
+    marks = f"{size} non-dominated on {front.chosen_on}" if front.chosen_on != "test" else f"{size} non-dominated"
     which = f" of the best evaluation, step {front.steps}" if front.best else ""
-    title = f"Pareto front{which}, test split: {size} non-dominated, hypervolume {front.volume:.5g} at ({point})"
+    title = f"Pareto front{which}, test split: {marks}, hypervolume {front.volume:.5g} at ({point})"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     metrics = list(front.members[0].metrics)
     knee = knee_of(front)
@@ -162,8 +200,13 @@ def print_front(console: Console, front: Front) -> None:
             style=None if member.non_dominated else "dim",
         )
     console.print(table)
-    knee_mark = ", k knee: nearest to the best of all objectives at once" if knee else ""
-    console.print(f"* non-dominated{knee_mark}", style="dim", highlight=False)
+    knee_mark = ", k knee (nearest to the best of all objectives at once)" if knee else ""
+    split = f"on the {front.chosen_on} split, by which members are chosen"
+    console.print(f"* non-dominated{knee_mark}: {split}", style="dim", highlight=False, soft_wrap=True)
+    if front.chosen_on != "test":
+        console.print("figures: on the test split; front.csv has both", style="dim", highlight=False)
+    if warning := chosen_on_test(front):
+        print_warnings(console, [warning])
     for member in front.members:
         if member.lost:
             again = f", and {member.reseeds} new starts did not help" if member.reseeds else ""
@@ -173,17 +216,20 @@ def print_front(console: Console, front: Front) -> None:
 def print_choice(console: Console, choice: Mapping[str, Any]) -> None:
     """A chosen member, from `popmtl.runs.choice.described`, and the code that loads it."""
     by = in_words(choice["chosen"], list(choice["objectives"]))
-    line = f"model {choice['subproblem']} of {choice['location']}, by {by}"
+    line = f"model {choice['subproblem']} of {choice['location']}, by {by}, on the {choice['chosen_on']} split"
     console.print(line, style="bold", highlight=False, soft_wrap=True, markup=False)
+    splits = {split: figures for split, figures in figures_of(choice).items() if figures}
     table = _table()
-    for name in ("objective", "value", "weight"):
-        table.add_column(name, justify="left" if name == "objective" else "right")
-    for name, value in choice["objectives"].items():
-        table.add_row(name, f"{value:.6g}", f"{choice['weights'][name]:.3f}")
+    for name in ("figure", *splits, "weight"):
+        table.add_column(name, justify="left" if name == "figure" else "right")
+    for name in choice["objectives"]:
+        values = [f"{figures['objectives'][name]:.6g}" for figures in splits.values()]
+        table.add_row(name, *values, f"{choice['weights'][name]:.3f}")
+    for name in dict.fromkeys(name for figures in splits.values() for name in figures["metrics"]):
+        known = [figures["metrics"].get(name) for figures in splits.values()]
+        table.add_row(name, *("-" if value is None else f"{value:.6g}" for value in known))
     console.print(table)
-    facts = {**{name: f"{value:.6g}" for name, value in choice["metrics"].items()}, "stage": choice["stage"]}
-    width = max(len(name) for name in facts)
-    for line in [f"{name:{width}}  {fact}" for name, fact in facts.items()] + [f"{'file':{width}}  {choice['file']}"]:
+    for line in (f"stage  {choice['stage']}", f"file   {choice['file']}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     for line in ("", *choice["load"]):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -193,6 +239,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     """The runs' figures as a table, and their coverage of each other as a matrix."""
     point = ", ".join(f"{x:.3g}" for x in comparison.reference_point)
     title = f"{len(comparison.names)} fronts, test split; hypervolume at ({point}), the worst of their reference points"
+    marks = "non-dominated and best: of the models that are so on the validation split; their figures are those on test"
+    if without := [name for name, split in zip(comparison.names, comparison.chosen_on, strict=True) if split == "test"]:
+        marks += f" ({', '.join(without)}: no validation figures, so on test)"
     console.print(title, style="bold", highlight=False, soft_wrap=True)
     table = _table()
     table.add_column("run", overflow="fold")
@@ -204,6 +253,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         volume = Hypervolume(comparison.hypervolumes[i], comparison.hypervolume_errors[i])
         table.add_row(f"{i + 1} {name}", str(size), f"{volume:.5g}", _share(share), *best)
     console.print(table)
+    console.print(marks, style="dim", highlight=False, soft_wrap=True)
     console.print("share: of the models that no other run's dominates either", style="dim", highlight=False)
     table = _table()
     for name in ("coverage", *(f"of {i + 1}" for i in range(len(comparison.names)))):

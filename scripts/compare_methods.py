@@ -14,10 +14,11 @@
 
 All train as many steps as the config's stages have together. In this process, on the CPU and without Ray (a distributed
 run equals it), one method and seed after the other; --jobs takes several processes. Prints mean ± standard deviation
-over the seeds of the hypervolume on the test split; of the best that any model of a set reaches in each objective and
-metric, and in Δm over tasks and metrics against single_task with the same seed; and of the processor's seconds. The
-hypervolume is of the objectives, or of what --figures names (of objectives and metrics, smaller is better), at
---reference, else at the problem's own point. Writes compare_methods.json and compare_methods.png to --out.
+over the seeds of the hypervolume on the test split; of what the model that is the best on the validation split reaches
+on the test split, in each objective and metric, and in Δm over tasks and metrics against single_task with the same
+seed; and of the processor's seconds. The hypervolume is of the objectives, or of what --figures names (of objectives
+and metrics, smaller is better), at --reference, else at the problem's own point. Writes compare_methods.json and
+compare_methods.png to --out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from rich.table import Table
 
 from popmtl.config import load_config, single_task
 from popmtl.distributed.placement import local_nodes
-from popmtl.distributed.plan import RunPlan, make_plan, train_in_process
+from popmtl.distributed.plan import RunPlan, full_config, make_plan, train_in_process
 from popmtl.errors import RequestError
 from popmtl.method.delta_m import DeltaM, delta_m
 from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
@@ -73,8 +74,9 @@ def plan_of(config: str, overrides: list[str], method: str, seed: int) -> RunPla
         RequestError: the config is wrong.
     """
     asked = load_config(config, [*overrides, f"seed={seed}"])
+    problem = load_problem(asked.problem.name, asked.problem.parameters)
+    asked = full_config(asked, problem)
     if method == "single_task":
-        problem = load_problem(asked.problem.name, asked.problem.parameters)
         return make_plan(single_task(asked, len(problem.objectives)), local_nodes())
     budget = [f"train.steps={asked.train.steps + asked.fine_tune.steps}", "fine_tune.steps=0"]
     choices = [*overrides, *METHODS[method], *(() if method == "mtgd+aligned" else budget), f"seed={seed}"]
@@ -87,9 +89,11 @@ def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str
     start = time.process_time()
     population = train_in_process(plan)
     seconds = time.process_time() - start
-    evaluations = population.block.evaluate("test")
-    values = {name: [float(one.objectives[k]) for one in evaluations] for k, name in enumerate(plan.objectives)}
-    values |= {name: [one.metrics[name] for one in evaluations] for name in plan.metrics}
+    values = {}
+    for split in ("validation", "test"):
+        evaluations = population.block.evaluate(split)
+        found = {name: [float(one.objectives[k]) for one in evaluations] for k, name in enumerate(plan.objectives)}
+        values[split] = found | {name: [one.metrics[name] for one in evaluations] for name in plan.metrics}
     return {
         "method": method,
         "seed": seed,
@@ -97,7 +101,8 @@ def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str
         "parameters": plan.parameters,
         "steps": population.history[-1].step + (plan.aligned.steps if plan.aligned else 0),
         "seconds": seconds,
-        "values": values,
+        "values": values["test"],
+        "validation": values["validation"],
         "tasks": plan.tasks,
         "directions": dict.fromkeys(plan.objectives, "lower") | dict(plan.metrics),
         "kept": sum(one.kept for one in population.fine_tuned),
@@ -105,30 +110,42 @@ def train(config: str, overrides: list[str], method: str, seed: int) -> dict[str
 
 
 def measured(run: dict[str, Any], figures: list[str], reference: np.ndarray) -> dict[str, float]:
-    """A run's hypervolume, the models that are not dominated, and the best of each figure."""
-    F = np.array([run["values"][name] for name in figures]).T
+    """A run's hypervolume on test, the models that are not dominated on validation, and the best figures by that."""
+    F, chosen_by = (np.array([run[split][name] for name in figures]).T for split in ("values", "validation"))
     best = {
-        name: (max if run["directions"][name] == "higher" else min)(values) for name, values in run["values"].items()
+        name: run["values"][name][(np.argmax if run["directions"][name] == "higher" else np.argmin)(values)]
+        for name, values in run["validation"].items()
     }
     volume = measured_hypervolume(F, reference)
     error = {} if volume.error is None else {ERROR: volume.error}
-    return {"hypervolume": volume.value, **error, "non-dominated": int(non_dominated(F).sum()), **best}
+    return {"hypervolume": volume.value, **error, "non-dominated": int(non_dominated(chosen_by).sum()), **best}
 
 
 def add_delta_m(runs: list[dict[str, Any]]) -> None:
-    """Gives each run the least Δm of its models, over tasks and over metrics, where its seed has single-task models."""
-    references = {run["seed"]: reference(run) for run in runs if run["method"] == "single_task"}
+    """Gives each run the Δm, over tasks and over metrics, of its model with the least on the validation split.
+
+    Only where its seed has single-task models.
+    """
+    alone = {run["seed"]: run for run in runs if run["method"] == "single_task"}
     for run in runs:
-        if run["seed"] in references and run["method"] != "single_task":
-            rows = [dict(zip(run["values"], row, strict=True)) for row in zip(*run["values"].values(), strict=True)]
-            found = [delta_m(row, references[run["seed"]], run["directions"], run["tasks"]) for row in rows]
-            for name, values in zip(DeltaM._fields, zip(*found, strict=True), strict=True):
-                run["figures"][f"Δm over {name}, %"] = min(values)
+        if run["seed"] in alone and run["method"] != "single_task":
+            on_test = delta_ms(run, alone[run["seed"]], "values")
+            on_validation = delta_ms(run, alone[run["seed"]], "validation") if "validation" in run else on_test
+            for k, name in enumerate(DeltaM._fields):
+                chosen = min(range(len(on_test)), key=lambda i: on_validation[i][k])
+                run["figures"][f"Δm over {name}, %"] = on_test[chosen][k]
 
 
-def reference(run: dict[str, Any]) -> dict[str, float]:
+def delta_ms(run: dict[str, Any], alone: dict[str, Any], split: str) -> list[DeltaM]:
+    """Δm of each model of a run against the single-task models of its seed."""
+    found = run[split]
+    rows = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    return [delta_m(row, reference(alone, split), run["directions"], run["tasks"]) for row in rows]
+
+
+def reference(run: dict[str, Any], split: str = "values") -> dict[str, float]:
     """The figures of each task of the single-task model that was trained for it."""
-    return {name: run["values"][name][j] for j, names in enumerate(run["tasks"].values()) for name in names}
+    return {name: run[split][name][j] for j, names in enumerate(run["tasks"].values()) for name in names}
 
 
 def spread(values: list[float]) -> str:

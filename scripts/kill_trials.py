@@ -49,9 +49,10 @@ from popmtl.cli import BAD_REQUEST
 from popmtl.config import load_config
 from popmtl.distributed import driver
 from popmtl.distributed.placement import Nodes
-from popmtl.distributed.plan import make_plan
+from popmtl.distributed.plan import full_config, make_plan
 from popmtl.distributed.progress import Progress
 from popmtl.errors import RunError
+from popmtl.problems.registry import load_problem
 from popmtl.runs.checkpoint import COURSE, MANIFEST
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_state
@@ -519,7 +520,8 @@ def new_run(config: Path, folder: Path, name: str) -> RunFolder:
     """An empty folder for a run."""
     shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # of trials that were broken off
     run = RunFolder.create(folder / "runs", name)
-    run.write_config(load_config(config).resolved())
+    asked = load_config(config)
+    run.write_config(full_config(asked, load_problem(asked.problem.name, asked.problem.parameters)).resolved())
     return run
 
 

@@ -139,7 +139,7 @@ def main() -> None:
     driver._Coordinator = ray.remote(Tracked if tracked else Timed)
     with tempfile.TemporaryDirectory() as storage, driver.cluster(None, int(local_nodes()[0]["CPU"])):
         folder = RunFolder.create(storage, "run")
-        folder.write_config(config.resolved())
+        folder.write_config(plan.config.resolved())
         driver.run(plan, folder.path, "run", lambda _: load.append(os.getloadavg()[0]))
         records = folder.lines("stretches.jsonl")
         kinds = Counter(

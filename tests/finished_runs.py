@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front, Member
+from popmtl.runs.front import Figures, Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.tracking.mlflow_sink import MlflowSink
 
@@ -26,8 +26,18 @@ class Settings:
 
 def members():
     objectives = [[0.2, 0.9], [0.5, 0.5], [0.6, 0.9]]
+    validation = [Figures([x - 0.1 for x in objectives[i]], {"test/accuracy": 0.95}) for i in range(3)]
     return [
-        Member(i, WEIGHTS[i], objectives[i], {"test/accuracy": 0.9 + i / 100}, "aligned_mtl", i != 2, model_file(i))
+        Member(
+            i,
+            WEIGHTS[i],
+            objectives[i],
+            {"test/accuracy": 0.9 + i / 100},
+            "aligned_mtl",
+            i != 2,
+            model_file(i),
+            validation=validation[i],
+        )
         for i in range(3)
     ]
 

@@ -11,5 +11,5 @@ def run_in(storage, name, resources, data, show=lambda progress: None, *, resume
     config = Config.model_validate({"tracking": {"enabled": False}, **data})
     plan = make_plan(config, [{**node, "GPU": 0.0} for node in resources])
     folder = RunFolder(storage / name) if resumes else RunFolder.create(storage, name)
-    folder.write_config(config.resolved())
+    folder.write_config(plan.config.resolved())
     return plan, folder, driver.run(plan, folder.path, "test", show, resumes=resumes, profile=profile)

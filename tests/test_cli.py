@@ -133,7 +133,8 @@ def test_a_dry_run_follows_the_config(plan_of):
         ({"problem": "user_problems:NanFromTheStart"}, "objective right is nan at the initial model"),
         ({"problem": "user_problems:NoParameters"}, "no trainable parameters"),
         ({"problem": "user_problems:IgnoresTheModel"}, "the losses do not depend on the model's parameters"),
-        ({"problem": "user_problems:NoBatches"}, "its training batches ended"),
+        ({"problem": "user_problems:NoBatches"}, "the training batches ended at once"),
+        ({"problem": "user_problems:FewBatches"}, "FewBatches.batches gives 3 batches, and 1000 are needed"),
         ({"resources": {"max_actors": 4096}}, "resources.max_actors: 4096 actors of 1 CPU do not fit"),
         ({"resources": {"cpus_per_actor": 4096}}, "resources: an actor takes 4096 CPU"),
         ({"resources": {"gpus_per_actor": 4096}}, "resources: an actor takes 1 CPU and 4096 GPU"),
@@ -385,7 +386,7 @@ def test_a_run_leaves_its_folder_its_front_and_its_models_in_mlflow(shell):
     rows = list(csv.DictReader((run.pareto / "front.csv").open()))
     assert (run.pareto / "front.png").read_bytes().startswith(b"\x89PNG")
     for member, row in zip(front["members"], rows, strict=True):
-        assert [float(row["objective/f1"]), float(row["objective/f2"])] == member["objectives"]
+        assert [float(row["test/objective/f1"]), float(row["test/objective/f2"])] == member["objectives"]
         assert load_model(run.path, member["subproblem"])().shape == (10,)
         shown = [f"{x:.4g}" for x in member["objectives"]]
         assert any(all(figure in line for figure in shown) for line in out.splitlines()), out
@@ -514,7 +515,7 @@ def test_a_problem_that_turns_nan_fails_the_run_and_is_named(shell):
 
 @pytest.mark.slow
 def test_batches_that_end_fail_the_run_and_are_named(shell):
-    process = shell.start(problem="user_problems:FewBatches", train={"steps": 50}, tracking={"enabled": False})
+    process = shell.start(problem="user_problems:EndsUnseen", train={"steps": 50}, tracking={"enabled": False})
     _, err = process.communicate(timeout=120)
     assert process.returncode == FAILED
     assert "Traceback" not in err

@@ -18,7 +18,7 @@ from popmtl.cli import BAD_REQUEST, FAILED, OK, main
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.runs import export
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front, Member
+from popmtl.runs.front import Figures, Front, Member
 from popmtl.runs.results import load_model, load_state, model_file, write_front, write_model
 
 NAN = np.nan
@@ -41,7 +41,9 @@ def finished(storage, name, F=F, objectives=("left", "right digit"), model=TwoHe
         write_model(folder, i, trained.state_dict())
         share = [weights[i], *[(1 - weights[i]) / (len(row) - 1)] * (len(row) - 1)]
         metrics = {"acc | left": 0.9 + i / 100}
-        members.append(Member(i, share, row.tolist(), metrics, "mtgd", bool(best[i]), model_file(i)))
+        same = Figures(row.tolist(), metrics)
+        members.append(Member(i, share, **vars(same), stage="mtgd", non_dominated=bool(best[i]), model=model_file(i)))
+        members[-1] = replace(members[-1], validation=same)
     reference = [1.0] * F.shape[1]
     directions = {"acc | left": "higher"}
     write_front(folder, Front(list(objectives), reference, hypervolume(F, reference), 3, 700, members, directions))
@@ -73,7 +75,7 @@ def said(capsys):
 def test_the_front_is_shown_as_training_shows_it(run, said):
     out, err = said(OK, "front", run.path)
     assert err == ""
-    assert "3 non-dominated, hypervolume 0.56 at (1, 1)" in out
+    assert "Pareto front, test split: 3 non-dominated on validation, hypervolume 0.56 at (1, 1)" in out
     rows = [line.split() for line in out.splitlines() if line.rstrip().endswith("mtgd")]
     assert [row[:-6] for row in rows] == [["*", "0"], ["k*", "1"], ["*", "2"], ["3"], ["4"]]
     assert "* non-dominated, k knee" in out
@@ -112,7 +114,7 @@ def test_a_choice_is_shown_with_its_figures_and_the_code_that_loads_it(run, said
     assert "by preference 0.1 for left, 0.9 for right digit, where acc | left >= 0.91" in out
     file = run.pareto / "models" / "2" / "model.safetensors"
     assert any(line.split() == ["file", str(file)] for line in out.splitlines())
-    assert ["acc", "|", "left", "0.92"] in [line.split() for line in out.splitlines()]
+    assert ["acc", "|", "left", "0.92", "0.92"] in [line.split() for line in out.splitlines()]
     scope = {}
     exec("\n".join(out.splitlines()[-2:]), scope)
     assert torch.equal(scope["model"].heads[1].weight, load_state(file)["heads.1.weight"])
@@ -130,6 +132,8 @@ def test_a_choice_as_json(run, said):
         "weights": {"left": pytest.approx(0.3), "right digit": pytest.approx(0.7)},
         "objectives": {"left": 0.2, "right digit": 0.5},
         "metrics": {"acc | left": 0.91},
+        "validation": {"objectives": {"left": 0.2, "right digit": 0.5}, "metrics": {"acc | left": 0.91}},
+        "chosen_on": "validation",
         "stage": "mtgd",
         "file": str(run.pareto / "models" / "1" / "model.safetensors"),
         "load": [
@@ -204,9 +208,9 @@ def test_an_export_has_the_weights_and_a_card_that_is_true(run, exported):
     assert {key: card[key] for key in expected} == expected
     assert card["exported_with"]["torch"] == torch.__version__
     text = (exported / "README.md").read_text()
-    assert "| left | 0.5 | 3 of 3 | 0.1 | 0.4 | 0.5 |" in text
-    assert "| right digit | 0.2 | 1 of 3 | 0.2 | 0 | 0.5 |" in text
-    assert r"| acc \| left | 0.92 | higher |" in text
+    assert "| left | 0.5 | 0.5 | 3 of 3 | 0.1 | 0.4 | 0.5 |" in text
+    assert "| right digit | 0.2 | 0.2 | 1 of 3 | 0.2 | 0 | 0.5 |" in text
+    assert r"| acc \| left | 0.92 | 0.92 | higher |" in text
     assert "preference 0.1 for left, 0.9 for right digit, where left < 0.6" in text
 
 

@@ -261,7 +261,7 @@ def test_a_resolved_config_makes_the_same_config_again(load):
     )
     resolved = config.resolved()
     assert Config.model_validate(resolved) == config
-    assert resolved["train"]["optimizer"] == {"name": "SGD", "lr": 1e-3, "momentum": 0.9}
+    assert resolved["train"]["optimizer"] == {"name": "SGD", "lr": 1e-3, "momentum": 0.9, "groups": []}
     text = yaml.safe_dump(resolved)
     assert load(text) == config
     assert Config.model_validate(yaml.safe_load(text)) == config

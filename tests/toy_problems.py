@@ -63,6 +63,22 @@ class NoisyRegression(Problem):
         return parameter.startswith("trunk")
 
 
+class Measures(NoisyRegression):
+    """Has a metric of torchmetrics besides, which it keeps; validation and test differ."""
+
+    metrics = {"error": "lower", "rmse": "lower"}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        from torchmetrics.regression import MeanSquaredError
+
+        self.rmse = MeanSquaredError(squared=False)
+
+    def measure(self, model, batch):
+        self.rmse.update(model["left"](model["trunk"](batch["x"]))[:, 0].float(), batch["y"][0].float())
+        return {**super().measure(model, batch), "rmse": self.rmse}
+
+
 class Lingers(NoisyRegression):
     """Takes its time over the test split: what was told before, Ray has reported when the run ends."""
 

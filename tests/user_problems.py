@@ -19,6 +19,15 @@ class Parabolas(VectorProblem):
         return torch.stack([(x - 1).square().sum(-1), (x + 1).square().sum(-1)], -1)
 
 
+class Advised(Parabolas):
+    """Has defaults, and something to say of its data."""
+
+    notices = ("3 rows were dropped",)
+
+    def __init__(self, defaults):
+        self.defaults = defaults
+
+
 class LacksALoss(Parabolas):
     def values(self, x):
         return super().values(x)[..., :1]
@@ -58,3 +67,8 @@ class NoBatches(Parabolas):
 class FewBatches(Parabolas):
     def batches(self, seed):
         return itertools.repeat(None, 3)
+
+
+class EndsUnseen(Parabolas):
+    def batches(self, seed):
+        return (None for _ in range(3))

@@ -41,8 +41,8 @@ from popmtl.method.course import Course, Observation
 from popmtl.method.delta_m import delta_m
 from popmtl.method.fine_tuning import STABILITY, FineTuned
 from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
-from popmtl.method.population import objective_matrix
-from popmtl.method.problem import Direction, Evaluation
+from popmtl.method.population import metric_columns, objective_matrix
+from popmtl.method.problem import Direction, Evaluation, Split
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.runs import proof
@@ -60,7 +60,7 @@ from popmtl.runs.checkpoint import (
     set_aside,
 )
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
-from popmtl.runs.front import BEST, LAST, Front, Member
+from popmtl.runs.front import BEST, LAST, Figures, Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
@@ -73,11 +73,14 @@ STABILITY_METRICS: dict[str, Direction] = {
 CHUNK_SECONDS = 2.0
 """Steps that actors take in one call: about this long. Shorter pays Ray's calls often, longer shows progress late."""
 
+REPLAY_SECONDS = 5.0
+"""Batches that actors draw again in one call: for about this long."""
+
 ROOM_SECONDS = 10.0
 """How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
 
 CLOSE_SECONDS = 5.0
-"""How long an interrupted or failed run waits for MLflow."""
+"""How long an interrupted or failed run waits for MLflow, and a failed one for its last checkpoint."""
 
 
 class Coordinator:
@@ -99,6 +102,7 @@ class Coordinator:
         self.generation, self.was_ready = 0, False
         self.meeting: str | None = None
         self.pending: tuple[str, dict[str, Any]] | None = None
+        self.seen: tuple[int, list[Evaluation]] | None = None
         self.last_checkpoint = time.monotonic()
         self.now = Progress("starting", 0, 0)
         self.started: Crew | None = None
@@ -147,7 +151,10 @@ class Coordinator:
             reason = describe_failure(error)
             if isinstance(error, FloatingPointError) and self.plan.may_diverge:
                 reason += f"; {DIVERGENCE}"
-            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=traceback.format_exc())
+            where = traceback.format_exc()
+            with suppress(Exception):  # a checkpoint that is being written counts, if those who write it are there
+                await asyncio.wait_for(self._commit(wait=True), CLOSE_SECONDS)
+            self.folder.append_event("failed", step=self.course.step, error=reason, traceback=where)
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
         complaints = await self._end("FINISHED")
@@ -230,7 +237,7 @@ class Coordinator:
 
         # The actors read the contents, once, and say if they are damaged.
         found = await asyncio.to_thread(find_checkpoint, self.folder, self.plan, complain, contents=False)
-        self.course, self.resumption, self.pending = self._new_course(), None, None
+        self.course, self.resumption, self.pending, self.seen = self._new_course(), None, None, None
         step = -1
         if found:
             name, record = found
@@ -327,12 +334,44 @@ class Coordinator:
         arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self.crew.all("setup", *arguments, limit="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
+        if not self.resumption:
+            self._start_alike(await self.crew.all("start"))
         if self.profile:
             await crew.one(0, "trace", self.profile)
         self.was_ready = True
+        await self._catch_up()
         self.folder.append_event("ready", generation=self.generation, hosts=crew.hosts, executions=executions)
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
+
+    def _start_alike(self, starts: Sequence[Mapping[str, tuple[float, float]]]) -> None:
+        """Makes sure that all actors have built the same initial model, but for rounding on other processors.
+
+        Raises:
+            RunError: two have not, naming the parameter.
+        """
+        for rank, start in enumerate(starts):
+            for name, (total, norm) in starts[0].items():
+                if not np.allclose(start[name], (total, norm), rtol=1e-3, atol=1e-3 * abs(norm), equal_nan=True):
+                    raise RunError(
+                        f"model() starts differently in actors 0 and {rank}, in {name}: all members must start alike; "
+                        "draw initial values from torch, numpy or random, which are seeded, and not by a set's order"
+                    )
+
+    async def _catch_up(self) -> None:
+        """Has streams without a state drawn again to where they were: in pieces, for as long as all of it takes."""
+        if not self.resumption:
+            return
+        piece = min(REPLAY_SECONDS, self.plan.config.resources.chunk_timeout / 4)
+        start, left = time.monotonic(), sum(await self.crew.all("catch_up", 0.0))
+        total, examined = left, self.plan.examined
+        why = (examined and examined.replays) or "the checkpoint has no state of theirs"
+        while left:
+            self._await(f"drawing batches again, {total - left} of {total}: {why}")
+            left = sum(await self.crew.all("catch_up", piece))
+        if total:
+            self.folder.append_event("batches drawn again", draws=total, seconds=time.monotonic() - start)
+        self.now = replace(self.now, awaits=None)
 
     async def _prove_storage(self) -> None:
         """Has every actor show that what it writes is read here, and what is written here is read there."""
@@ -454,7 +493,9 @@ class Coordinator:
         return state
 
     async def _observe(self) -> None:
-        self._record("mtgd", self.course.observe(objective_matrix(await self._evaluations("validation"))))
+        evaluations = await self._evaluations("validation")
+        self.seen = self.course.step, evaluations
+        self._record("mtgd", self.course.observe(objective_matrix(evaluations), metric_columns(evaluations)))
 
     def _record(self, stage: str, seen: Observation, more: Mapping[str, Any] | None = None) -> None:
         """Writes an evaluation on the validation split to the run folder and to MLflow."""
@@ -464,9 +505,13 @@ class Coordinator:
         self.metrics.tell(HYPERVOLUME_ERROR, volume.error or 0.0)
         record = {"stage": stage, "step": seen.step, "hypervolume": volume.value, "hypervolume_error": volume.error}
         record["front_size"] = seen.front_size
-        self.folder.append_metrics({**record, "validation": seen.F.tolist(), **(more or {})})
+        curves = self.course.means.take()
+        figures = {"validation": seen.F.tolist(), "metrics": seen.metrics, "curves": curves}
+        self.folder.append_metrics({**record, **figures, **(more or {})})
         if self.sink:
-            self.sink.log_evaluation(seen.step, seen.hypervolume, seen.front_size, seen.F, seen.hypervolume_error)
+            self.sink.log_evaluation(seen.step, volume.value, seen.front_size, seen.F, seen.metrics, volume.error)
+            if curves:
+                self.sink.log_member_figures(seen.step, {f"train/{name}": means for name, means in curves.items()})
 
     async def _fine_tune(self) -> list[FineTuned]:
         assert self.plan.aligned is not None
@@ -493,7 +538,8 @@ class Coordinator:
             "scalarized_after": [one.after for one in fine_tuned],
         }
         stability = {name: [getattr(one, name) for one in fine_tuned] for name in STABILITY}
-        seen = self.course.measure(objective_matrix([one.evaluation for one in fine_tuned]), trained + total)
+        evaluations = [one.evaluation for one in fine_tuned]
+        seen = self.course.measure(objective_matrix(evaluations), trained + total, metric_columns(evaluations))
         self._record("aligned_mtl", seen, {**figures, **stability, "kept": [one.kept for one in fine_tuned]})
         if self.sink:
             named = {f"aligned_mtl/{name}": values for name, values in figures.items()}
@@ -505,9 +551,10 @@ class Coordinator:
         await self._commit(wait=True)
         plan, course = self.plan, self.course
         evaluations = await self._evaluations("test")
+        validation = await self._final_validation(fine_tuned)
         await self._write_models(course, LAST)
         steps = course.step + (plan.aligned.steps if plan.aligned else 0)
-        front = self._front(course, evaluations, steps, fine_tuned)
+        front = self._front(course, evaluations, validation, steps, fine_tuned)
         if plan.config.front.best and course.best.step != steps:
             await self._write_best()
         # Last: a reader takes the presence of front.json for the end of the run.
@@ -533,9 +580,9 @@ class Coordinator:
             except CheckpointDamaged as error:
                 why = describe_failure(error)
                 continue
-            evaluations = await self._evaluations("test")
+            evaluations, validation = await self._evaluations("test"), await self._evaluations("validation")
             await self._write_models(then, BEST)
-            front = replace(self._front(then, evaluations, step, ()), best=True)
+            front = replace(self._front(then, evaluations, validation, step, ()), best=True)
             await asyncio.to_thread(write_front, self.folder, front)
             if self.sink:
                 self.sink.log_best_front()
@@ -550,24 +597,23 @@ class Coordinator:
                 await asyncio.to_thread(write_model, self.folder, subproblem, tensors, place)
 
     def _front(
-        self, course: Course, evaluations: Sequence[Evaluation], steps: int, fine_tuned: Sequence[FineTuned]
+        self,
+        course: Course,
+        evaluations: Sequence[Evaluation],
+        validation: Sequence[Evaluation],
+        steps: int,
+        fine_tuned: Sequence[FineTuned],
     ) -> Front:
-        """The front of the rows as they are, evaluated on the test split."""
+        """The front of the rows as they are, evaluated on the test and the validation split."""
         plan, lost = self.plan, course.out
         F = objective_matrix(evaluations)
         metrics = dict(plan.metrics)
-        figures = [dict(evaluation.metrics) for evaluation in evaluations]
         if plan.reference:
-            directions: dict[str, Direction] = {**dict.fromkeys(plan.objectives, "lower"), **plan.metrics}
             metrics |= dict.fromkeys(DELTA_M, "lower")
-            for found, objectives in zip(figures, F.tolist(), strict=True):
-                every = dict(zip(plan.objectives, objectives, strict=True)) | found
-                found |= zip(DELTA_M, delta_m(every, plan.reference, directions, plan.tasks), strict=True)
         if fine_tuned:
             metrics |= STABILITY_METRICS
-            for found, one in zip(figures, fine_tuned, strict=True):
-                medians = [getattr(one, name) for name in STABILITY]
-                found |= zip(STABILITY_METRICS, [math.nan if x is None else x for x in medians], strict=True)
+        figures = self._figures("test", evaluations, fine_tuned)
+        validated = self._figures("validation", validation, fine_tuned)
         assert course.reference_point is not None
         volume = measured_hypervolume(F, course.reference_point)
         return Front(
@@ -582,18 +628,46 @@ class Coordinator:
                     subproblem=i,
                     weights=plan.W[i].tolist(),
                     objectives=F[i].tolist(),
-                    metrics=figures[i],
+                    metrics=figures[i].metrics,
                     stage="aligned_mtl" if fine_tuned and fine_tuned[i].kept else "mtgd",
                     non_dominated=bool(best),
                     model=None if i in lost else model_file(i),
                     reseeds=course.reseeds[i],
                     lost=lost[i].why if i in lost else None,
+                    validation=validated[i],
                 )
-                for i, best in enumerate(non_dominated(F))
+                for i, best in enumerate(non_dominated(objective_matrix(validation)))
             ],
             metrics=metrics,
-            baseline=plan.reference or {},
+            baseline=(plan.reference or {}).get("test", {}),
         )
+
+    async def _final_validation(self, fine_tuned: Sequence[FineTuned]) -> list[Evaluation]:
+        """The models that the run ends with on the validation split, evaluated again only if nobody has yet."""
+        if fine_tuned:
+            return [one.evaluation for one in fine_tuned]
+        if self.seen and self.seen[0] == self.course.step:
+            return self.seen[1]
+        return await self._evaluations("validation")
+
+    def _figures(
+        self, split: Split, evaluations: Sequence[Evaluation], fine_tuned: Sequence[FineTuned]
+    ) -> list[Figures]:
+        """The members' figures on a split, with Δm and the medians of the Aligned-MTL stage, where there are any."""
+        plan = self.plan
+        reference = (plan.reference or {}).get(split)
+        directions: dict[str, Direction] = {**dict.fromkeys(plan.objectives, "lower"), **plan.metrics}
+        found = []
+        for i, evaluation in enumerate(evaluations):
+            objectives, metrics = evaluation.objectives.tolist(), dict(evaluation.metrics)
+            if reference:
+                every = dict(zip(plan.objectives, objectives, strict=True)) | metrics
+                metrics |= zip(DELTA_M, delta_m(every, reference, directions, plan.tasks), strict=True)
+            if fine_tuned:
+                medians = [getattr(fine_tuned[i], name) for name in STABILITY]
+                metrics |= zip(STABILITY_METRICS, [math.nan if x is None else x for x in medians], strict=True)
+            found.append(Figures(objectives, metrics))
+        return found
 
     async def _end(self, status: Status, timeout: float | None = None) -> list[str]:
         """Lets go of the actors and closes MLflow's runs; what could not be logged."""
@@ -632,6 +706,8 @@ class Coordinator:
 
     def _took(self, step: int, start: float, steps: Sequence[Steps], first: int, resumed: int) -> None:
         losses = np.concatenate([taken.losses for taken in steps], axis=1)
+        for rows, taken in zip(self.plan.placement.rows, steps, strict=True):
+            self.course.means.add(rows, taken.curves)
         if steps[0].traced:
             self._profiled(steps[0].traced)
         for departed in (departed for taken in steps for departed in taken.departures):

@@ -7,41 +7,43 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from popmtl.config import Config, decisive
+from popmtl.config import Config, build_schedule, decisive, taken, with_defaults
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
 from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Nodes, Placement, place
 from popmtl.distributed.transport import Transport, choose_overlap, choose_transport
 from popmtl.errors import RequestError
-from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.course import Stop
 from popmtl.method.decomposition import check_weights, weight_vectors
 from popmtl.method.delta_m import tasks_of
 from popmtl.method.fine_tuning import AlignedRecipe
-from popmtl.method.flat import Layout
-from popmtl.method.gradients import shared_parameters
-from popmtl.method.mtgd import Recipe, initial_model, subproblem_seed
+from popmtl.method.mtgd import Recipe, subproblem_seed
+from popmtl.method.optimizers import entrywise, moment_names
 from popmtl.method.population import Population, train_population
-from popmtl.method.problem import Direction, Problem, to_model
+from popmtl.method.problem import Direction, Problem, Split, Weights, to_model
+from popmtl.method.rehearsal import Rehearsal, rehearse
+from popmtl.method.streams import Examination, examine
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
-from popmtl.runs.baseline import SINGLE_TASK, single_task_figures
+from popmtl.runs.baseline import SINGLE_TASK, SingleTask, single_task_figures
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import is_remote
 
+T = TypeVar("T")
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric."""
+
+SPLITS: tuple[Split, Split] = ("validation", "test")
 
 TRACKING = "MLFLOW_TRACKING_URI"
 
@@ -55,7 +57,7 @@ class RunPlan:
     """What a run will do.
 
     Attributes:
-        config: as given.
+        config: as given, with the problem's defaults where it says nothing.
         objectives: the m names.
         metrics: names of the further figures, each with the direction that is better.
         tasks: names of the figures that measure each task, see `tasks_of`.
@@ -66,13 +68,14 @@ class RunPlan:
         aligned: of the fine-tuning stage, or None.
         ideal_point: of the scalarization; None: tracked.
         reference_point: of the hypervolume; None: derived from the first evaluation.
-        parameters: D, the length of a row.
-        transferring: S ≤ D, the columns that transfer.
-        shared: how many columns Aligned-MTL aligns; 0 without the stage or in its UB variant.
+        rehearsal: what the first steps of real rows have told.
         placement: actors and their rows.
         transport: that moves the rows, and why.
         warnings: what is allowed, and may yet be a mistake.
-        reference: the figures of single-task models, by name, for Δm; None without, or as long as they are not trained.
+        reference: the figures of single-task models, by split and name, for Δm; None without, or as long as they are
+            not trained.
+        examined: what a few batches showed of the problem's streams.
+        defaults: what of the config is the problem's, by dotted keys.
     """
 
     config: Config
@@ -86,13 +89,33 @@ class RunPlan:
     aligned: AlignedRecipe | None
     ideal_point: tuple[float, ...] | None
     reference_point: tuple[float, ...] | None
-    parameters: int
-    transferring: int
-    shared: int
+    rehearsal: Rehearsal
     placement: Placement
     transport: Transport
     warnings: tuple[str, ...]
-    reference: dict[str, float] | None = None
+    examined: Examination
+    reference: SingleTask | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """D, the length of a row."""
+        return self.rehearsal.layout.size
+
+    @property
+    def transferring(self) -> int:
+        """S ≤ D, the columns that transfer."""
+        return self.rehearsal.layout.transferring
+
+    @property
+    def shared(self) -> int:
+        """How many columns Aligned-MTL aligns; 0 without the stage or in its UB variant."""
+        return int(self.rehearsal.layout.columns(set(self.rehearsal.shared or ())).sum())
+
+    @property
+    def draws(self) -> int:
+        """Batches that each subproblem draws, in both stages."""
+        return _draws(self.recipe, self.aligned, len(self.factors))
 
     @property
     def transfers(self) -> bool:
@@ -156,22 +179,27 @@ class RunPlan:
             return 0
         return self.routes.numbers_sent(self.width, self.placement.hosts) * itemsize
 
-    def memory_per_actor(self) -> int:
-        """Bytes that the largest block takes for its rows, gradients, moments and mixing; activations come on top."""
-        k, itemsize = max(len(rows) for rows in self.placement.rows), self.recipe.dtype.itemsize
-        rows = k * (2 + optimizer_moments(self.recipe)) * self.parameters
-        exact = self.recipe.gradient or (self.aligned and self.aligned.variant == "exact")
-        task_gradients = len(self.objectives) if exact else 0
-        mixing = k * self.width * (2 if self.recipe.mix_moments else 1)  # displacements, and what is put together
+    def memory_per_row(self) -> int:
+        """Bytes of one more row in an actor: parameters, gradient, the optimizer's memory, own buffers, and mixing."""
+        itemsize, rehearsal = self.recipe.dtype.itemsize, self.rehearsal
+        mixing = self.width * (2 if self.recipe.mix_moments else 1)  # displacements, and what is put together
         if self.transport.name == "coordinator":
-            mixing += k * self.width
+            mixing += self.width
+        return (2 * self.parameters + mixing) * itemsize + rehearsal.memory_bytes + rehearsal.own_bytes
+
+    def memory_per_actor(self) -> int:
+        """Bytes that the largest block takes for its rows and what they share; activations come on top."""
+        k, itemsize = max(len(rows) for rows in self.placement.rows), self.recipe.dtype.itemsize
+        exact = self.recipe.gradient or (self.aligned and self.aligned.variant == "exact")
+        # Of one row at a time: what a backward pass leaves, or the gradients of all tasks.
+        passing = max(1, len(self.objectives) if exact else 0) * self.parameters
         if self.transport.name == "collective":
-            mixing += 3 * min(BUFFER_BYTES // itemsize, k * self.width)
-        return (rows + mixing + task_gradients * self.parameters) * itemsize
+            passing += 3 * min(BUFFER_BYTES // itemsize, k * self.width)
+        return k * self.memory_per_row() + passing * itemsize + self.rehearsal.constant_bytes
 
 
 def make_plan(config: Config, nodes: Nodes) -> RunPlan:
-    """Decides and checks everything; builds the problem and runs its losses once, in this process.
+    """Decides and checks everything; builds the problem and rehearses the run's first steps, in this process.
 
     Args:
         config: of the run.
@@ -186,18 +214,14 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
             f"give tracking.uri or {TRACKING}, or tracking.enabled=false"
         )
     problem = load_problem(config.problem.name, config.problem.parameters)
+    given, config = config, full_config(config, problem)
     objectives = tuple(problem.objectives)
     m = len(objectives)
     if m < 2 or len(set(objectives)) != m:
         raise RequestError(
             f"problem {config.problem.name}: needs two or more objectives of different names: {objectives}"
         )
-    for name in (*objectives, *problem.metrics):
-        if not NAME.fullmatch(name):
-            raise RequestError(
-                f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives and metrics have "
-                "letters, digits, spaces and _-.:/ only"
-            )
+    _check_names(config, (*objectives, *problem.metrics))
     for task, names in problem.tasks.items():
         if task not in objectives or not set(names) <= set(problem.metrics):
             raise RequestError(
@@ -213,7 +237,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     M = _about("transfer", lambda: _coefficients(config, W))
     recipe = Recipe(
         optimizer=config.train.optimizer.build(),
-        lr_schedule=config.train.lr_schedule.build(config.train.steps) if config.train.lr_schedule else None,
+        lr_schedule=build_schedule(config.train.lr_schedule, config.train.steps),
         scalarization=config.scalarization.build(),
         gradient=config.train.gradient.build(m) if config.train.gradient else None,
         order=config.transfer.order,
@@ -221,20 +245,46 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         dtype=torch.float64 if config.train.dtype == "float64" else torch.float32,
         precision=config.train.precision,
         seed=config.seed,
+        groups=config.train.optimizer.build_groups(),
+        clip=config.train.clip.build() if config.train.clip else None,
+        accumulate=config.train.accumulate,
+        compiled=config.train.compile,
     )
     fine = config.fine_tune
     aligned = None
     if fine.steps:
-        schedule = fine.lr_schedule.build(fine.steps) if fine.lr_schedule else None
-        aligned = AlignedRecipe(fine.steps, fine.optimizer.build(), schedule, fine.scale, fine.variant)
-    layout, shared, leaves_alone = check_problem(config.problem.name, problem, recipe, aligned)
+        aligned = AlignedRecipe(
+            fine.steps,
+            fine.optimizer.build(),
+            build_schedule(fine.lr_schedule, fine.steps),
+            fine.scale,
+            fine.variant,
+            fine.optimizer.build_groups(),
+            fine.clip.build() if fine.clip else None,
+            fine.accumulate,
+        )
+    draws = _draws(recipe, aligned, config.train.steps)
+    seed = subproblem_seed(recipe.seed, 0)
+    examined = _about_problem(config.problem.name, lambda: examine(problem, seed, max(1, draws)))
+    stack = config.train.execution != "loop" and not recipe.gradient
+    rehearsal = check_problem(config.problem.name, problem, W, recipe, aligned, examined, stack=stack)
+    _check_names(config, rehearsal.scalars)
+    if recipe.mix_moments and not entrywise(recipe.optimizer):
+        raise RequestError(
+            f"transfer.mix_moments: {config.train.optimizer.name} does not keep a moment of each entry; take another "
+            "optimizer, or mix_moments: false"
+        )
+    recipe = rehearsal.cast(recipe)
     placement = _placement(config, len(W), nodes)
-    transport = _transport(config, recipe, layout, leaves_alone, placement, len(W))
-    warnings = []
+    transport = _transport(config, recipe, rehearsal, placement, len(W))
+    warnings = [*rehearsal.warnings]
+    if costly := examined.warning(draws):
+        warnings.append(costly)
     if recipe.order == "consensus" and may_diverge(M):
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
+    warnings += problem.notices
     return RunPlan(
         config=config,
         objectives=objectives,
@@ -249,14 +299,26 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         aligned=aligned,
         ideal_point=_point("scalarization.ideal_point", config.scalarization.ideal_point, problem.ideal_point, m),
         reference_point=_point("front.reference_point", config.front.reference_point, problem.reference_point, m),
-        parameters=layout.size,
-        transferring=layout.transferring,
-        shared=shared,
+        rehearsal=rehearsal,
         placement=placement,
         transport=transport,
         warnings=tuple(warnings),
+        examined=examined,
         reference=reference,
+        defaults=taken(given, config),
     )
+
+
+def full_config(config: Config, problem: Problem) -> Config:
+    """The config with the problem's defaults where it says nothing.
+
+    Raises:
+        RequestError: these cannot be used; names the problem and the key.
+    """
+    try:
+        return with_defaults(config, problem.defaults)
+    except RequestError as error:
+        raise RequestError(f"problem {config.problem.name}: {error}") from error
 
 
 def replan(plan: RunPlan, placement: Placement) -> RunPlan:
@@ -265,10 +327,7 @@ def replan(plan: RunPlan, placement: Placement) -> RunPlan:
     Raises:
         RequestError: the transport that was asked for cannot serve it.
     """
-    config = plan.config
-    problem = load_problem(config.problem.name, config.problem.parameters)
-    layout, _, leaves_alone = check_problem(config.problem.name, problem, plan.recipe, plan.aligned)
-    transport = _transport(config, plan.recipe, layout, leaves_alone, placement, len(plan.W))
+    transport = _transport(plan.config, plan.recipe, plan.rehearsal, placement, len(plan.W))
     return replace(plan, placement=placement, transport=transport)
 
 
@@ -290,72 +349,70 @@ def train_in_process(plan: RunPlan) -> Population:
 
 
 def check_problem(
-    name: str, problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None = None
-) -> tuple[Layout, int, bool]:
-    """Builds the problem's model and takes its losses once, on a training and the first validation batch.
-
-    Returns:
-        The layout of a row, the number of columns that Aligned-MTL would align, and whether adapt_then_combine could
-        send a parameter while the backward pass goes on.
+    name: str,
+    problem: Problem,
+    W: Matrix,
+    recipe: Recipe,
+    aligned: AlignedRecipe | None = None,
+    examined: Examination | None = None,
+    *,
+    stack: bool = False,
+) -> Rehearsal:
+    """Rehearses the run's first steps, on training batches and the first validation batch; see `rehearse`.
 
     Raises:
-        RequestError: naming the problem and what it does wrong.
+        RequestError: naming the problem and what it does wrong, or what the run would do wrong to it.
     """
+
+    def check() -> Rehearsal:
+        # With a second batch it matters what batches weigh, and how metric objects are put together.
+        by_batches = type(problem).evaluate is Problem.evaluate
+        glance = _with_batches(problem, 2 if by_batches else 1)
+        rehearsal = rehearse(glance, W, recipe, aligned, examined, stack=stack)
+        if by_batches:
+            reference = torch.zeros((), dtype=recipe.dtype)
+            for split in SPLITS:
+                weights = Weights(problem)
+                for held_out in problem.evaluation_batches(split):
+                    weights.of(to_model(held_out, reference))
+                    if weights.batches > 1 and not weights.unknown:
+                        break
+        return rehearsal
+
+    return _about_problem(name, check)
+
+
+def _about_problem(name: str, look: Callable[[], T]) -> T:
+    """What a look at a problem returns; what it raises as a RequestError that names the problem."""
     try:
-        model = initial_model(problem, recipe.seed, recipe.dtype)
-        layout = Layout.of(model, problem.transfers)
-        batch = to_model(next(problem.batches(subproblem_seed(recipe.seed, 0))), next(model.parameters()))
-        losses = problem.losses(model, batch)
-        _check_losses(losses, problem)
-        leaves_alone = recipe.order == "adapt_then_combine" and leaves_parameters_alone(problem, model, batch)
-        shared = 0
-        if recipe.gradient or (aligned and aligned.variant == "exact"):
-            shared = int(layout.columns(shared_parameters(problem, model, batch)).sum())
-        if aligned and aligned.variant == "ub":
-            _check_losses(problem.losses_at(model, problem.representation(model, batch), batch), problem)
-        evaluation = _with_one_batch(problem).evaluate(model, "validation")
-        if missing := set(problem.metrics) - set(evaluation.metrics):
-            raise ValueError(f"measure does not return {sorted(missing)[0]}, which metrics names")
+        return look()
     except RequestError:
         raise
-    except StopIteration as error:
-        raise RequestError(f"problem {name}: its training batches ended; the stream must be endless") from error
     except Exception as error:  # whatever a user's problem raises is about the problem
         kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
         raise RequestError(f"problem {name}: {kind}{error}") from error
-    return layout, shared, leaves_alone
 
 
-def _with_one_batch(problem: Problem) -> Problem:
-    """The problem with the first batch of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
+def _with_batches(problem: Problem, count: int) -> Problem:
+    """The problem with the first batches of each held-out split alone: all of NYUv2's would take minutes on a CPU."""
     glance = copy.copy(problem)
     glance.evaluation_batches = (  # type: ignore[method-assign]
-        lambda split: list(itertools.islice(problem.evaluation_batches(split), 1))
+        lambda split: list(itertools.islice(problem.evaluation_batches(split), count))
     )
     return glance
 
 
-def optimizer_moments(recipe: Recipe) -> int:
-    """How many tensors of a row's length the optimizer keeps, found by one step on a row of two entries."""
-    row = torch.zeros(2, dtype=recipe.dtype)
-    row.grad = torch.ones_like(row)
-    optimizer = recipe.optimizer([row])
-    optimizer.step()
-    return sum(1 for value in optimizer.state[row].values() if isinstance(value, Tensor) and value.shape == row.shape)
+def _draws(recipe: Recipe, aligned: AlignedRecipe | None, steps: int) -> int:
+    return steps * recipe.accumulate + (aligned.steps * aligned.accumulate if aligned else 0)
 
 
-def _check_losses(losses: object, problem: Problem) -> None:
-    m = len(problem.objectives)
-    if not isinstance(losses, Tensor) or losses.shape != (m,):
-        got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"losses must return one tensor of shape ({m},), for {', '.join(problem.objectives)}; got {got}"
-        )
-    for objective, value in zip(problem.objectives, losses.tolist(), strict=True):
-        if not np.isfinite(value):
-            raise ValueError(f"objective {objective} is {value} at the initial model")
-    if not losses.requires_grad:
-        raise ValueError("the losses do not depend on the model's parameters")
+def _check_names(config: Config, names: Iterable[str]) -> None:
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise RequestError(
+                f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives, metrics and scalars "
+                "have letters, digits, spaces and _-.:/ only"
+            )
 
 
 def _weights(config: Config, objectives: int) -> Matrix:
@@ -406,21 +463,21 @@ def _placement(config: Config, subproblems: int, nodes: Nodes) -> Placement:
 
 
 def _width(recipe: Recipe, transferring: int) -> int:
-    return transferring * (1 + (optimizer_moments(recipe) if recipe.mix_moments else 0))
+    return transferring * (1 + (len(moment_names(recipe.optimizer)) if recipe.mix_moments else 0))
 
 
 def _transport(
     config: Config,
     recipe: Recipe,
-    layout: Layout,
-    leaves_alone: bool,
+    rehearsal: Rehearsal,
     placement: Placement,
     subproblems: int,
 ) -> Transport:
+    layout = rehearsal.layout
     width = _width(recipe, layout.transferring)
     shared = shared_bytes(subproblems, layout.size, width, recipe.dtype.itemsize, recipe.mix_moments)
     name, why = choose_transport(config.transfer.transport, placement, shared)
-    overlap, bucket_bytes = choose_overlap(name, recipe, layout, leaves_alone)
+    overlap, bucket_bytes = choose_overlap(name, recipe, rehearsal)
     return Transport(name, why, overlap, bucket_bytes)
 
 

@@ -25,7 +25,7 @@ class Progress:
         hypervolume: of the last evaluation on the validation split; None before the first.
         losses: least and greatest training loss of the last chunk; None before it.
         steps_per_second: in this stage; None at its start.
-        awaits: what it waits for before its actors can start; None if it does not.
+        awaits: what it waits for before its actors can take steps; None if it does not.
         execution: how the actors take the gradients of several rows, and why; None where each has one, or before.
         notices: what else happened since the run started, such as lost actors.
     """

@@ -25,11 +25,12 @@ from popmtl.distributed.mixing.timed import Timed
 from popmtl.distributed.placement import describe_actor
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.profile import Profile
+from popmtl.method.curves import Sums
 from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
-from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
+from popmtl.method.snapshot import RowState, put, put_model, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
 from popmtl.runs import proof
@@ -47,6 +48,7 @@ class Steps:
         seconds: that they took.
         waited: of these, waiting for the transfer; see `Timed`.
         departures: of rows that left in them.
+        curves: what else they told of themselves, see `Curves.take`.
         traced: what has become of the trace that they were to be in; None if there is none, or not yet.
     """
 
@@ -54,6 +56,7 @@ class Steps:
     seconds: float
     waited: float
     departures: Sequence[Departure]
+    curves: Sums
     stability: NDArray[np.float64] | None = None
     traced: str | None = None
 
@@ -120,6 +123,7 @@ class SubproblemActor:
             plan.placement.device,
             rows=rows,
             bucket_bytes=plan.transport.bucket_bytes,
+            examined=plan.examined,
         )
         self.mixing = Timed(mixing or self.block.mix_locally)
         self.bytes_per_column = plan.bytes_sent_by_each()[self.rank] / max(1, plan.width)
@@ -136,18 +140,26 @@ class SubproblemActor:
         files = {file.name: file for file in resumption.files}
         mine = [files[subproblem_file(i)] for i in block.subproblems]
         states = [RowState(*read_tensors(self.folder, resumption.checkpoint, file)) for file in mine]
-        play_again(block, resumption.step)
         if resumption.fine_tuned is None:
-            step_schedules(block.buckets, resumption.step)
-            put(block, block.buckets, states)
+            put(block, block.optimizers, states)
         else:
             assert self.aligned is not None  # the same config that wrote it
-            self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, (resumption.fine_tuned, states))
+            self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, states)
+
+    def start(self) -> dict[str, tuple[float, float]]:
+        """Sum and norm of each parameter of the first row, which all actors begin with alike."""
+        views = self.block.layout.views(self.block.rows[0])
+        return {name: (float(view.double().sum()), float(view.double().norm())) for name, view in views.items()}
+
+    def catch_up(self, seconds: float) -> int:
+        """Draws again, for nothing, the batches of streams without a state, for so long; how many are left."""
+        end = time.perf_counter() + seconds
+        return sum(stream.catch_up(max(0.0, end - time.perf_counter())) for stream in self.block.feed.streams)
 
     def checkpoint(self, name: str) -> None:
         """Copies all that the rows need to go on, and writes it to a checkpoint while the next steps are taken."""
         block = self.block
-        states = self.fine_tuning.snapshot() if self.fine_tuning else take(block, block.buckets)
+        states = self.fine_tuning.snapshot() if self.fine_tuning else take(block, block.optimizers)
 
         def write() -> list[WrittenFile]:
             return [
@@ -212,7 +224,8 @@ class SubproblemActor:
         traced = self.profile.outcome if self.profile else None
         if traced:
             self.profile = None
-        return Steps(losses, seconds, waited, self.block.take_departures(), stability, traced)
+        curves = self.block.take_curves(self.fine_tuning.optimizers if self.fine_tuning else None)
+        return Steps(losses, seconds, waited, self.block.take_departures(), curves, stability, traced)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
         """The rows' objective values and metrics."""
@@ -238,8 +251,10 @@ class SubproblemActor:
     def recall(self, checkpoint: str, files: Sequence[WrittenFile]) -> None:
         """Has the rows as they were at a checkpoint of MTGD."""
         named = {file.name: file for file in files}
-        mine = [named[subproblem_file(i)] for i in self.block.subproblems]
-        put(self.block, self.block.buckets, [RowState(*read_tensors(self.folder, checkpoint, file)) for file in mine])
+        for i, subproblem in enumerate(self.block.subproblems):
+            state = RowState(*read_tensors(self.folder, checkpoint, named[subproblem_file(subproblem)]))
+            put_model(self.block, i, state)
+            self.block.out[i] = state.numbers["out"]
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """The state of the model of row i of this actor's rows."""

@@ -9,9 +9,9 @@ from typing import Literal
 from popmtl.distributed.mixing import shared_memory
 from popmtl.distributed.placement import Placement
 from popmtl.errors import RequestError
-from popmtl.method.buckets import BUCKET_BYTES, bucket_bounds, steps_entrywise
-from popmtl.method.flat import Layout
+from popmtl.method.buckets import BUCKET_BYTES, bucket_bounds
 from popmtl.method.mtgd import Recipe
+from popmtl.method.rehearsal import Rehearsal
 
 TransportName = Literal["local", "shared_memory", "collective", "coordinator"]
 
@@ -79,25 +79,29 @@ def choose_transport(
     return "shared_memory", "all actors on one host"
 
 
-def choose_overlap(name: TransportName, recipe: Recipe, layout: Layout, leaves_alone: bool) -> tuple[str, float]:
+def choose_overlap(name: TransportName, recipe: Recipe, rehearsal: Rehearsal) -> tuple[str, float]:
     """What hides the exchange, in words, and the size of the buckets for it.
 
     Args:
         name: of the transport.
         recipe: of the rows.
-        layout: of a row.
-        leaves_alone: see `popmtl.method.buckets.leaves_parameters_alone`.
+        rehearsal: of the run.
     """
+    layout = rehearsal.layout
     if name == "local":
         return "none: nothing is sent", math.inf
     if recipe.order == "consensus":
         return "behind the forward and backward passes", math.inf
     if recipe.gradient:
         return "none: a gradient method needs the whole gradient of every loss", math.inf
-    if not leaves_alone:
+    if recipe.clip and recipe.clip.norm is not None:
+        return "none: clipping by norm needs the whole gradient", math.inf
+    if not rehearsal.leaves_alone:
         return "none: the backward pass reads parameters after their gradients are complete", math.inf
-    if not steps_entrywise(recipe.optimizer):
-        return "none: the optimizer does not treat each entry of a row alone", math.inf
+    if rehearsal.stepping != "rows":
+        return "none: the optimizer does not treat each entry of a row alone, and all alike", math.inf
+    if rehearsal.unreached:
+        return f"none: parameters without gradients, such as {rehearsal.unreached[0]}, step on their own", math.inf
     bounds = bucket_bounds(layout, recipe.dtype.itemsize, BUCKET_BYTES)
     moving = sum(first < layout.transferring for first, _ in bounds)
     if moving < 2:

@@ -7,8 +7,9 @@ the optimizer treats each entry of a row alone, and no operation reads a paramet
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from popmtl.method.flat import Layout
-from popmtl.method.problem import Problem
+from popmtl.method.problem import Problem, parted
+from popmtl.method.replica import copied
+from popmtl.method.streams import kept_generators
 
 BUCKET_BYTES = 8 * 2**20
 """Of one row: smaller ones start earlier, larger ones pay an exchange's latency less often."""
@@ -29,19 +30,32 @@ BUCKET_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Bucket:
-    """Columns first … end−1 of the rows, the first `mixed` of which transfer, with their optimizer and its schedule."""
+    """Columns first … end−1 of the rows, whole parameters, which step and are exchanged together.
 
+    Attributes:
+        index: its place among the buckets.
+        first: its first column.
+        end: the one after its last.
+        mixed: how many of its columns, at its front, transfer.
+        parameters: its places in the layout.
+    """
+
+    index: int
     first: int
     end: int
     mixed: int
-    optimizer: Optimizer
-    lr_schedule: LRScheduler | None
+    parameters: range
 
-    def step(self) -> None:
-        """The optimizer's step, and its schedule's."""
-        self.optimizer.step()
-        if self.lr_schedule:
-            self.lr_schedule.step()
+
+def make_buckets(layout: Layout, itemsize: int, bucket_bytes: float) -> list[Bucket]:
+    """The buckets of a row, of so many bytes at least; one alone if that is infinite."""
+    bounds = bucket_bounds(layout, itemsize, bucket_bytes) if bucket_bytes < math.inf else [(0, layout.size)]
+    starts = list(itertools.accumulate((math.prod(shape) for shape in layout.shapes), initial=0))
+    S = layout.transferring
+    return [
+        Bucket(i, a, b, max(0, min(b, S) - a), range(bisect_left(starts, a), bisect_left(starts, b)))
+        for i, (a, b) in enumerate(bounds)
+    ]
 
 
 def bucket_bounds(layout: Layout, itemsize: int, bucket_bytes: float) -> list[tuple[int, int]]:
@@ -69,24 +83,18 @@ class Arrivals:
     def __init__(self, buckets: Sequence[Bucket], layout: Layout, leaves: Mapping[str, Tensor]) -> None:
         self.buckets = buckets
         self.complete: Callable[[Bucket], None] | None = None
-        self.parameters = [0] * len(buckets)
-        column = 0
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            index = next(i for i, b in enumerate(buckets) if b.first <= column < b.end)
-            self.parameters[index] += 1
-            leaves[name].register_post_accumulate_grad_hook(partial(self._arrived, index))
-            column += math.prod(shape)
+        for bucket in buckets:
+            for p in bucket.parameters:
+                leaves[layout.names[p]].register_post_accumulate_grad_hook(partial(self._arrived, bucket.index))
 
     @contextmanager
     def watch(self, complete: Callable[[Bucket], None]) -> Iterator[None]:
-        """Calls `complete` with each bucket during the backward pass inside, or after it if never reached."""
-        self.missing, self.next, self.complete = list(self.parameters), 0, complete
+        """Calls `complete` with buckets during the backward pass inside; `next` is the first that is not complete."""
+        self.missing, self.next, self.complete = [len(b.parameters) for b in self.buckets], 0, complete
         try:
             yield
         finally:
             self.complete = None
-        for bucket in self.buckets[self.next :]:
-            complete(bucket)
 
     def _arrived(self, index: int, _: Tensor) -> None:
         if self.complete is None:  # another backward pass than the one that is watched
@@ -97,22 +105,6 @@ class Arrivals:
             self.complete(self.buckets[self.next - 1])
 
 
-def steps_entrywise(optimizer: Callable[[list[Tensor]], Optimizer]) -> bool:
-    """Whether an optimizer does to the halves of a row what it does to the whole, so that a row may step in pieces."""
-    generator = torch.Generator().manual_seed(0)
-    start, gradients = torch.randn(8, generator=generator), torch.randn(3, 8, generator=generator)
-
-    def after(pieces: Sequence[Tensor]) -> Tensor:
-        made = optimizer(list(pieces))
-        for gradient in gradients:
-            for piece, part in zip(pieces, gradient.split([len(piece) for piece in pieces]), strict=True):
-                piece.grad = part.clone()
-            made.step()
-        return torch.cat(list(pieces))
-
-    return torch.equal(after([start.clone()]), after([start[:3].clone(), start[3:].clone()]))
-
-
 def leaves_parameters_alone(problem: Problem, model: nn.Module, batch: Any) -> bool:
     """Whether the backward pass no longer reads a parameter once its gradient is complete.
 
@@ -120,7 +112,7 @@ def leaves_parameters_alone(problem: Problem, model: nn.Module, batch: Any) -> b
     """
 
     def gradients(spoil: bool) -> list[Tensor | None]:
-        tried = copy.deepcopy(model)
+        tried = copied(model)
         parameters = [p for p in tried.parameters() if p.requires_grad]
 
         def hook(p: Tensor) -> None:
@@ -130,9 +122,11 @@ def leaves_parameters_alone(problem: Problem, model: nn.Module, batch: Any) -> b
             p.grad = None
             if spoil:
                 p.register_post_accumulate_grad_hook(hook)
-        with torch.random.fork_rng():
+        with kept_generators():
             torch.manual_seed(0)
-            problem.losses(tried, batch).sum().backward()
+            f = parted(problem.losses(tried, batch))[0]
+            if f.requires_grad:
+                f.sum().backward()
         return [p.grad for p in parameters]
 
     pairs = zip(gradients(False), gradients(True), strict=True)

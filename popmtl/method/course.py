@@ -7,12 +7,13 @@ so that they take the same decisions at the same steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from popmtl.method.curves import Means
 from popmtl.method.front import measured_hypervolume, non_dominated
 from popmtl.method.mtgd import Chunk, Departure
 from popmtl.method.reseeding import MAX_RESEEDS, Reseeding, reseeding
@@ -27,6 +28,7 @@ class Observation:
     """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count.
 
     `hypervolume_error` is that of an estimate, see `Hypervolume`; None where the hypervolume is exact.
+    `metrics` are the problem's, N values each by name; an observation that comes from a checkpoint has none.
     """
 
     step: int
@@ -34,6 +36,7 @@ class Observation:
     hypervolume: float
     front_size: int
     hypervolume_error: float | None = None
+    metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Course:
         reseeds: how often each row was re-seeded.
         seconds: that its steps and evaluations took.
         stopped: why it ended before its last step; None if it did not.
+        means: of what the steps since the last evaluation told of themselves.
     """
 
     def __init__(
@@ -84,14 +88,17 @@ class Course:
         self.max_reseeds = max_reseeds
         self.out: dict[int, Departure] = {}
         self.reseeds = [0] * len(W)
+        self.means = Means(len(W))
         self.step = 0
         self.history: list[Observation] = []
         self.tracks_ideal = ideal_point is None
         self.ideal: Matrix | None = None if ideal_point is None else np.asarray(ideal_point, dtype=np.float64)
         self.reference_point = None if reference_point is None else np.asarray(reference_point, dtype=np.float64)
 
-    def observe(self, F: Matrix) -> Observation:
+    def observe(self, F: Matrix, metrics: Mapping[str, Sequence[float]] | None = None) -> Observation:
         """Records the objective values F, shape (N, m), of the current step; a tracked ideal point follows.
+
+        Metrics, N values each by name, are kept beside them.
 
         Rows that are not finite count for nothing.
 
@@ -107,7 +114,7 @@ class Course:
         if self.tracks_ideal:
             least = finite.min(0)
             self.ideal = least if self.ideal is None else np.minimum(self.ideal, least)
-        self.history.append(self.measure(F, self.step))
+        self.history.append(self.measure(F, self.step, metrics))
         if self.stop.patience is not None and (stale := self._stale()) >= self.stop.patience:
             self._end(f"no improvement of the hypervolume in {stale} evaluations")
         return self.history[-1]
@@ -152,12 +159,12 @@ class Course:
             self.reseeds[i] += 1
         return [reseeding(self.M, self.W, i, present) for i in again]
 
-    def measure(self, F: Matrix, step: int) -> Observation:
+    def measure(self, F: Matrix, step: int, metrics: Mapping[str, Sequence[float]] | None = None) -> Observation:
         """The objective values F, shape (N, m), of a step, measured from the run's reference point."""
         if self.reference_point is None:
             raise ValueError("the population must be observed once, to have a reference point")
         volume = measured_hypervolume(F, self.reference_point)
-        return Observation(step, F, volume.value, int(non_dominated(F).sum()), volume.error)
+        return Observation(step, F, volume.value, int(non_dominated(F).sum()), volume.error, metrics or {})
 
     def state(self) -> dict[str, Any]:
         """Where the course stands, as JSON can hold it."""
@@ -165,11 +172,15 @@ class Course:
             "step": self.step,
             "ideal": None if self.ideal is None else self.ideal.tolist(),
             "reference_point": None if self.reference_point is None else self.reference_point.tolist(),
-            "history": [{**vars(seen), "F": seen.F.tolist()} for seen in self.history],
+            "history": [
+                {name: value for name, value in vars(seen).items() if name != "metrics"} | {"F": seen.F.tolist()}
+                for seen in self.history
+            ],
             "out": [asdict(departed) for departed in self.out.values()],
             "reseeds": list(self.reseeds),
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "curves": self.means.sums,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -187,6 +198,7 @@ class Course:
         self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
         self.reseeds = list(state["reseeds"])
         self.seconds, self.stopped = state.get("seconds", 0.0), state.get("stopped")  # earlier versions did not stop
+        self.means.sums = {n: [(total, count) for total, count in sums] for n, sums in state["curves"].items()}
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
         """The steps up to the next evaluation, or `longest` of them; None when they are done, or it stopped."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from popmtl.method.aligned_mtl import Aligned, align
-from popmtl.method.buckets import Bucket
 from popmtl.method.gradients import task_gradients
 from popmtl.method.mtgd import Block
-from popmtl.method.problem import Evaluation
-from popmtl.method.snapshot import RowState, copied, put, step_schedules, take
+from popmtl.method.optimizers import Clip, MakeOptimizer, MakeSchedule, ParameterGroup
+from popmtl.method.problem import Evaluation, parted
+from popmtl.method.snapshot import RowState, put, put_model, take, take_model
+from popmtl.method.trees import pack, unpack
 
 Variant = Literal["exact", "ub"]
 VARIANTS: tuple[Variant, ...] = ("exact", "ub")
@@ -36,17 +35,23 @@ class AlignedRecipe:
     Attributes:
         steps: per model, ≥ 0.
         optimizer: as in `Recipe`; a new one, since the updates differ in size from those of MTGD.
-        lr_schedule: as in `Recipe`.
+        lr_schedule: as in `Recipe`, but for ReduceLROnPlateau: the stage has no evaluations on its way.
         scale: size of the aligned gradients, see `aligned_coefficients`.
         variant: "exact" aligns gradients of the shared parameters, one backward pass a task; "ub" those of the shared
             representation, one backward pass through the encoder.
+        groups: as in `Recipe`.
+        clip: as in `Recipe`.
+        accumulate: as in `Recipe`; 1 in the "ub" variant.
     """
 
     steps: int
-    optimizer: Callable[[list[Tensor]], Optimizer]
-    lr_schedule: Callable[[Optimizer], LRScheduler] | None = None
+    optimizer: MakeOptimizer
+    lr_schedule: MakeSchedule | None = None
     scale: str = "min"
     variant: Variant = "exact"
+    groups: tuple[ParameterGroup, ...] = ()
+    clip: Clip | None = None
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class FineTuning:
         block: Block,
         recipe: AlignedRecipe,
         ideal: NDArray[np.float64],
-        resumed: tuple[int, Sequence[RowState]] | None = None,
+        resumed: Sequence[RowState] | None = None,
     ) -> None:
         """Enters the stage, or goes on in it.
 
@@ -91,22 +96,19 @@ class FineTuning:
             block: whose rows it trains.
             recipe: of the stage.
             ideal: point of the scalarization, shape (m,).
-            resumed: steps of the stage that are done, and what `snapshot` returned then.
+            resumed: what `snapshot` returned.
         """
         self.block, self.recipe = block, recipe
         self.ideal = torch.as_tensor(ideal)
-        optimizer, lr_schedule = block.new_optimizer(recipe.optimizer, recipe.lr_schedule)
-        self.bucket = Bucket(0, block.layout.size, 0, optimizer, lr_schedule)
+        self.optimizers = block.new_optimizers(recipe.optimizer, recipe.lr_schedule, recipe.groups)
         self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
         self.lost = list(block.out)  # before the stage
         if resumed is None:
             self.before = block.evaluate("validation")
-            self.saved = [{k: v.clone() for k, v in model.state_dict().items()} for model in block.models]
+            self.saved = [take_model(block, i) for i in range(len(block.models))]
         else:
-            done, states = resumed
-            step_schedules([self.bucket], done)
-            put(block, [self.bucket], states)
-            self._recall(states)
+            put(block, self.optimizers, resumed)
+            self._recall(resumed)
         if recipe.variant == "exact":
             self.shared = block.shared_columns()
 
@@ -119,6 +121,7 @@ class FineTuning:
         """
         losses = torch.full_like(self.block.weights, math.nan).repeat(steps, 1, 1)
         measured = np.full((steps, len(self.block.models), len(STABILITY)), math.nan)
+        self.block.feed.expect(steps * self.recipe.accumulate)
         for n in range(steps):
             before = [len(taken) for taken in self.stability]
             losses[n] = self.step(first + n)
@@ -129,75 +132,93 @@ class FineTuning:
 
     def step(self, t: int) -> Tensor:
         """One aligned step of every row; returns the losses, shape (k, m)."""
-        block = self.block
+        block, n = self.block, self.recipe.accumulate
         losses = torch.full_like(block.weights, math.nan)
-        block.gradients.zero_()
+        block.gradient_rows.begin()
         differentiate = self.align_ub if self.recipe.variant == "ub" else self.align_exact
         for i in range(len(block.models)):
-            batch = block.draw(i, t)
+            batches = [block.draw(i) for _ in range(n)]
             if block.out[i]:
+                block.gradient_rows.leave_out(i)
                 continue
             try:
-                losses[i], aligned = differentiate(i, batch, t)
+                losses[i], aligned = differentiate(i, batches, t)
             except FloatingPointError as error:
                 block.leave(i, t, str(error))
+                block.gradient_rows.leave_out(i)
             else:
                 self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
-        block.take_out(losses, t)
-        self.bucket.step()
+        (bucket,) = self.optimizers.buckets
+        block.take_out(losses, t, bucket, self.recipe.clip)
+        block.update(bucket, self.optimizers)
         block.project()
+        block.curves.count()
         return losses
 
     def snapshot(self) -> list[RowState]:
         """All that the stage needs to go on from here; with the model from before it, to which a row may go back."""
-        states = take(self.block, [self.bucket])
+        states = take(self.block, self.optimizers)
         parts = zip(states, self.saved, self.before, self.stability, self.lost, strict=True)
         for state, saved, before, stability, lost in parts:
-            state.tensors.update({f"before/{name}": copied(value) for name, value in saved.items()})
-            evaluated = {"objectives": before.objectives.tolist(), "metrics": before.metrics}
-            state.numbers.update({"before": evaluated, "stability": list(stability), "lost": lost})
+            state.tensors.update({f"before/{name}": value for name, value in saved.tensors.items()})
+            evaluated, _ = pack({"objectives": before.objectives.tolist(), "metrics": before.metrics}, "before")
+            own = {"before": evaluated, "saved": saved.numbers, "stability": list(stability), "lost": lost}
+            state.numbers.update(own)
         return states
 
     def _recall(self, states: Sequence[RowState]) -> None:
-        device = self.block.rows.device
         self.before, self.saved, self.stability = [], [], []
         self.lost = [state.numbers["lost"] for state in states]
         for state in states:
-            evaluated = state.numbers["before"]
+            evaluated = unpack(state.numbers["before"], {})
             objectives = torch.tensor(evaluated["objectives"], dtype=torch.float64)
             self.before.append(Evaluation(objectives, evaluated["metrics"]))
-            named = [(name.partition("/"), value) for name, value in state.tensors.items()]
-            self.saved.append({name: value.to(device) for (kind, _, name), value in named if kind == "before"})
+            tensors = {n.removeprefix("before/"): v for n, v in state.tensors.items() if n.startswith("before/")}
+            self.saved.append(RowState(tensors, state.numbers["saved"]))
             self.stability.append([(c, cosine, size) for c, cosine, size in state.numbers["stability"]])
 
-    def align_exact(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
+    def align_exact(self, i: int, batches: Sequence[Any], t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
         block = self.block
-        f = block.losses(block.models[i], batch)
-        self.check_losses(i, f, t)
-        G = task_gradients(f, block.models[i], block.layout.names)
+        total, G, there = (
+            torch.zeros_like(block.weights[i]),
+            torch.zeros((), device=block.rows.device),
+            [False] * len(block.layout.names),
+        )
+        for batch in batches:
+            f = block.losses(i, batch)
+            self.check_losses(i, f, t)
+            found, has = task_gradients(f / len(batches), block.models[i], block.layout.names)
+            total, G = total + f.detach() / len(batches), G + found
+            there = [a or b for a, b in zip(there, has, strict=True)]
         aligned = self.align(G[:, self.shared], i, t)
-        block.gradients[i] = G.sum(0)
-        block.gradients[i, self.shared] = aligned.update
-        return f.detach(), aligned
+        gradient = G.sum(0)
+        gradient[self.shared] = aligned.update
+        block.gradient_rows.put(i, gradient, there)
+        return total, aligned
 
-    def align_ub(self, i: int, batch: Any, t: int) -> tuple[Tensor, Aligned]:
+    def align_ub(self, i: int, batches: Sequence[Any], t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient by the representation: the heads' plain, one backward pass of the aligned one below."""
         block, problem, model = self.block, self.block.problem, self.block.models[i]
+        (batch,) = batches
+        leaves = block.gradient_rows.parameters[i]
         with block.autocast():
             representation = problem.representation(model, batch)
             cut = representation.detach().requires_grad_()
-            f = problem.losses_at(model, cut, batch)
+            f, scalars = parted(problem.losses_at(model, cut, batch))
+        block.curves.report(i, scalars)
         self.check_losses(i, f, t)
         Z: list[Tensor] = []
         for loss in f:
             cut.grad = None
-            loss.backward(retain_graph=True)  # the heads' gradients add up on the way
-            if cut.grad is None:
-                raise ValueError("a loss does not depend on the representation, which Aligned-MTL-UB needs")
-            Z.append(cut.grad.flatten().to(block.rows.dtype))
+            if loss.requires_grad:
+                loss.backward(retain_graph=True)  # the heads' gradients add up on the way
+            gradient = torch.zeros_like(cut) if cut.grad is None else cut.grad
+            Z.append(gradient.flatten().to(block.rows.dtype))
         aligned = self.align(torch.stack(Z), i, t)
-        representation.backward(aligned.update.view_as(representation).to(representation.dtype))
+        if representation.requires_grad:
+            representation.backward(aligned.update.view_as(representation).to(representation.dtype))
+        block.gradient_rows.collect(i, leaves)
         return f.detach(), aligned
 
     def check_losses(self, i: int, f: Tensor, t: int) -> None:
@@ -216,13 +237,11 @@ class FineTuning:
     def finish(self) -> list[FineTuned]:
         """Evaluates, puts back every model that became worse, and tells what came of each."""
         block, results = self.block, []
-        for i, (model, before, after) in enumerate(
-            zip(block.models, self.before, block.evaluate("validation"), strict=True)
-        ):
+        for i, (before, after) in enumerate(zip(self.before, block.evaluate("validation"), strict=True)):
             values = [self.scalarized(i, evaluation) for evaluation in (before, after)]
             kept = values[1] <= values[0]
             if not kept:
-                model.load_state_dict(self.saved[i])  # copies into the views, so the row goes back with it
+                put_model(block, i, self.saved[i])
             block.out[i] = self.lost[i]
             medians = np.median(self.stability[i], axis=0).tolist() if self.stability[i] else (None, None, None)
             results.append(FineTuned(values[0], values[1], kept, after if kept else before, *medians))

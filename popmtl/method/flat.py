@@ -6,6 +6,7 @@ the model sees the result. The columns are ordered so that the parameters that t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,14 +37,19 @@ class Layout:
         """The layout of a model's trainable parameters; a tied parameter stands there once.
 
         Raises:
-            ValueError: a model without trainable parameters, or with one that is not floating-point.
+            ValueError: a model without trainable parameters, with one that is not floating-point, or with one that
+                shares memory with another tensor of the model.
         """
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(f"the model {type(model).__name__} has no trainable parameters")
         for name, p in parameters.items():
             if not p.is_floating_point():
-                raise ValueError(f"parameter {name} is of {p.dtype}; only floating-point parameters can be trained")
+                hint = "; train torch.view_as_real of it, and view_as_complex in forward" if p.is_complex() else ""
+                raise ValueError(
+                    f"parameter {name} is of {p.dtype}; only real floating-point parameters can be trained{hint}"
+                )
+        _refuse_overlaps(model, parameters)
         moving = [name for name in parameters if transfers(name)]
         names = (*moving, *(name for name in parameters if name not in set(moving)))
         return cls(names, tuple(parameters[n].shape for n in names), len(moving))
@@ -63,17 +69,50 @@ class Layout:
         pieces = row.split([math.prod(shape) for shape in self.shapes])
         return {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
-    def bind(self, model: nn.Module, row: Tensor, gradient: Tensor) -> None:
-        """Moves a model's parameters into `row` and their gradients into `gradient`, both (D,) and contiguous."""
-        values, gradients = self.views(row), self.views(gradient)
+    def bind(self, model: nn.Module, row: Tensor) -> None:
+        """Moves a model's parameters into `row`, (D,) and contiguous."""
+        values = self.views(row)
         for name, p in model.named_parameters():
             if name in values:
                 values[name].copy_(p.detach())
                 p.data = values[name]
-                p.grad = gradients[name]
+
+    def check_bound(self, model: nn.Module, row: Tensor) -> None:
+        """Makes sure that a model still trains what is in its row.
+
+        Raises:
+            ValueError: one of its parameters is elsewhere: the model's own code has put another in its place.
+        """
+        present = dict(model.named_parameters())
+        for name, view in self.views(row).items():
+            if name not in present or present[name].data_ptr() != view.data_ptr():
+                raise ValueError(
+                    f"parameter {name} was replaced while the model ran; change it in place (copy_, clamp_, …) under "
+                    "torch.no_grad(), so that it is the one that is trained"
+                )
 
     def columns(self, names: set[str]) -> Tensor:
         """A boolean mask, shape (D,), of the columns that belong to the named parameters."""
         return torch.cat(
             [torch.full((math.prod(s),), n in names) for n, s in zip(self.names, self.shapes, strict=True)]
         )
+
+
+def _refuse_overlaps(model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:
+    """Refuses a trainable parameter that shares memory with another parameter or buffer: a row would part them."""
+    spans: dict[int, list[tuple[int, int, str]]] = {}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.layout == torch.strided and value.numel():
+            reach = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            first = int(value.storage_offset()) * value.itemsize
+            spans.setdefault(value.untyped_storage().data_ptr(), []).append(
+                (first, first + int(reach) * value.itemsize, name)
+            )
+    for of_storage in spans.values():
+        ordered = sorted(of_storage)
+        for (_, end, a), (first, _, b) in itertools.pairwise(ordered):
+            if first < end and (a in trainable or b in trainable):
+                raise ValueError(
+                    f"{a} and {b} share memory, and are two tensors to torch: tie them as one parameter, as in "
+                    "`second.weight = first.weight`, or compute one from the other in forward"
+                )

@@ -8,22 +8,27 @@ scale of a loss changes the direction (IMTLG, NashMTL), every subproblem has the
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from popmtl.method.aligned_mtl import SCALES, align
-from popmtl.method.problem import Problem
+from popmtl.method.problem import Problem, parted, to_model
+from popmtl.method.replica import initial_model
+from popmtl.method.streams import Stream, kept_generators, seed_generators
 
 GradientMethod = Callable[[Tensor, Tensor], Tensor]
 """From task gradients, shape (m, D), and a weight vector, (m,), to the update, (D,)."""
 
 ALIGNED = "aligned_mtl"
+
+LOOKED_AT = 4
+"""Batches that are looked at to find what the losses share: one may lack the labels of a task."""
 
 NUDGE = 0.01
 """How far parameters are moved, at random, before it is asked which losses reach them: initial zeros would hide it."""
@@ -94,48 +99,109 @@ def _aligned(scale: str = "min") -> GradientMethod:
     return lambda G, w: align(G, w, scale).update
 
 
-def task_gradients(f: Tensor, model: nn.Module, names: Sequence[str]) -> Tensor:
-    """The gradient of each loss, shape (m, D): 0 where a loss does not reach a parameter.
+def task_gradients(f: Tensor, model: nn.Module, names: Sequence[str]) -> tuple[Tensor, list[bool]]:
+    """The gradient of each loss, shape (m, D), 0 where a loss does not reach a parameter; and which are reached by any.
 
     Args:
-        f: the losses, shape (m,), differentiable.
+        f: the losses, shape (m,); those that are constant have a gradient of 0.
         model: that they are of.
         names: of its parameters, in the order of the columns.
     """
     parameters = dict(model.named_parameters())
     ordered = [parameters[name] for name in names]
-    rows = []
+    rows, there = [], [False] * len(ordered)
     for loss in f:
-        gradients = torch.autograd.grad(loss, ordered, retain_graph=True, allow_unused=True, materialize_grads=True)
-        rows.append(torch.cat([g.flatten() for g in gradients]))
-    return torch.stack(rows)
+        found = gradients_of(loss, ordered)
+        there = [has or g is not None for has, g in zip(there, found, strict=True)]
+        parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, ordered, strict=True)]
+        rows.append(torch.cat([g.flatten() for g in parts]))
+    return torch.stack(rows), there
 
 
-def shared_parameters(problem: Problem, model: nn.Module, batch: object) -> set[str]:
-    """The names of the parameters to align: as the problem says, or those that every loss of the batch reaches.
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of one of several losses, by autograd; None of a parameter that it does not reach now."""
+    found: list[Tensor | None] = [None] * len(parameters)
+    which = [p for p, parameter in enumerate(parameters) if parameter.requires_grad and loss.requires_grad]
+    if which:
+        asked = [parameters[p] for p in which]
+        taken = torch.autograd.grad(loss, asked, retain_graph=True, allow_unused=True)
+        for p, gradient in zip(which, taken, strict=True):
+            found[p] = gradient
+    return found
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The parameters that Aligned-MTL aligns.
+
+    Attributes:
+        names: of them.
+        dead: objectives that none of the batches looked at has a gradient of; they have no say in what is shared.
+    """
+
+    names: tuple[str, ...]
+    dead: tuple[str, ...] = ()
+
+
+def find_shared(
+    problem: Problem, seed: int, dtype: torch.dtype, device: str = "cpu", batches: int = LOOKED_AT
+) -> Shared:
+    """The parameters to align: as the problem says, or those that every loss reaches on some of several batches.
 
     A loss reaches a parameter where its gradient is not all zero: losses that come from one tensor of all tasks'
-    outputs have a gradient, of zeros, in each other's heads. The model is left as it is; it is looked at in a copy.
+    outputs have a gradient, of zeros, in each other's heads. A loss that is 0 on all batches, such as a hinge that is
+    satisfied, reaches what its graph reaches.
+
+    Args:
+        problem: of the losses.
+        seed: of the run: of the initial model, and of the batches that are looked at.
+        dtype: of the rows.
+        device: to look on.
+        batches: so many of them.
 
     Raises:
         ValueError: none is shared, or the problem names one that the model does not train.
     """
-    model = copy.deepcopy(model)
+    model = initial_model(problem, seed, dtype).to(device)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    names = problem.shared(model)
-    if names is None:
+    own = problem.shared(model)
+    dead: list[str] = []
+    if own is None:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in trainable.values():
                 p.add_(NUDGE * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device))
-        names = set(trainable)
-        for loss in problem.losses(model, batch):
-            gradients = torch.autograd.grad(
-                loss, list(trainable.values()), retain_graph=True, allow_unused=True, materialize_grads=True
-            )
-            names &= {name for name, g in zip(trainable, gradients, strict=True) if g.any()}
-    if unknown := names - set(trainable):
+        by_value, by_graph = _reached(problem, model, trainable, seed, batches)
+        own = set(trainable)
+        for objective, values, graph in zip(problem.objectives, by_value, by_graph, strict=True):
+            if reached := values or graph:
+                own &= reached
+            else:
+                dead.append(objective)
+    if unknown := own - set(trainable):
         raise ValueError(f"{type(problem).__name__}.shared names {sorted(unknown)[0]}, which the model does not train")
-    if not names:
+    if not own or len(dead) == len(problem.objectives):
         raise ValueError(f"{type(problem).__name__}: no parameter is reached by every loss, so none can be aligned")
-    return names
+    return Shared(tuple(name for name in trainable if name in own), tuple(dead))
+
+
+def _reached(
+    problem: Problem, model: nn.Module, trainable: Mapping[str, Tensor], seed: int, batches: int
+) -> tuple[list[set[str]], list[set[str]]]:
+    """For each loss the parameters in which its gradient is not all zero on some batch, and those in its graph."""
+    m = len(problem.objectives)
+    by_value: list[set[str]] = [set() for _ in range(m)]
+    by_graph: list[set[str]] = [set() for _ in range(m)]
+    with kept_generators():
+        seed_generators(seed)
+        stream = Stream(problem, seed, seeded=seed_generators)
+        for _ in range(batches):
+            batch = stream.draw()
+            f, _ = parted(problem.losses(model, to_model(batch, next(iter(trainable.values())))))
+            for j in range(m):
+                for name, g in zip(trainable, gradients_of(f[j], list(trainable.values())), strict=True):
+                    if g is not None:
+                        by_graph[j].add(name)
+                        if g.any():
+                            by_value[j].add(name)
+    return by_value, by_graph

@@ -13,27 +13,45 @@ X_{t+1} = opt(X_t) + (M_t − I) X_t.
 
 from __future__ import annotations
 
-import copy
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from popmtl.method.buckets import Arrivals, Bucket, bucket_bounds
+from popmtl.method.buckets import Arrivals, Bucket, make_buckets
+from popmtl.method.compiled import Compiled
+from popmtl.method.curves import Curves, Sums
 from popmtl.method.flat import Layout
-from popmtl.method.gradients import GradientMethod, shared_parameters, task_gradients
+from popmtl.method.gradient_rows import ALL, GradientRows, Rows
+from popmtl.method.gradients import GradientMethod, find_shared, task_gradients
 from popmtl.method.mixing import LocalProduct, Mixing, deferred
-from popmtl.method.problem import Evaluation, Problem, Split, to_model
+from popmtl.method.optimizers import (
+    Clip,
+    MakeOptimizer,
+    MakeSchedule,
+    Optimizers,
+    ParameterGroup,
+    moment_names,
+)
+from popmtl.method.problem import Evaluation, Problem, Split, parted, to_model
+from popmtl.method.replica import (
+    Replication,
+    exported,
+    initial_constants,
+    initial_model,
+    load_exported,
+    replicate,
+)
 from popmtl.method.scalarization import Scalarization
 from popmtl.method.stacked import Execution, NotStackable, Stacked, choose
+from popmtl.method.streams import Examination, Feed, Stream
 
 Order = Literal["consensus", "adapt_then_combine"]
 ORDERS: tuple[Order, ...] = ("consensus", "adapt_then_combine")
@@ -47,8 +65,9 @@ class Recipe:
     """How a block trains its rows.
 
     Attributes:
-        optimizer: makes an optimizer over a list of rows, each one tensor of shape (D,).
-        lr_schedule: makes a torch learning-rate schedule, stepped once a step; None keeps the rate.
+        optimizer: makes an optimizer of the parameters of a model, or of parameter groups as torch takes them.
+        lr_schedule: makes a torch learning-rate schedule, stepped once a step (ReduceLROnPlateau: once an evaluation,
+            by the member's own value); None keeps the rate.
         scalarization: turns the m losses into the scalar that is differentiated.
         gradient: makes what turns the gradients of the m losses into the update of the shared parameters instead; the
             others then take the plain gradient of their own loss. None differentiates the scalarization.
@@ -58,10 +77,17 @@ class Recipe:
         precision: "bf16" runs forward and backward passes under torch.autocast in bfloat16; rows and evaluation keep
             their dtype.
         seed: decides the initial model, the data order and dropout.
+        groups: parameters that the optimizer treats in ways of their own.
+        clip: of each member's gradient, after it was found finite; None leaves it.
+        accumulate: batches a step, whose gradients are averaged.
+        replication: how the models of the rows are made.
+        generators: which global random generators a step seeds, of "torch", "numpy" and "random".
+        shared: names of the parameters that all losses share, see `find_shared`; None looks for them.
+        compiled: losses are taken through torch.compile.
     """
 
-    optimizer: Callable[[list[Tensor]], Optimizer]
-    lr_schedule: Callable[[Optimizer], LRScheduler] | None = None
+    optimizer: MakeOptimizer
+    lr_schedule: MakeSchedule | None = None
     scalarization: Scalarization = field(default_factory=Scalarization)
     gradient: Callable[[], GradientMethod] | None = None
     order: Order = "consensus"
@@ -69,6 +95,13 @@ class Recipe:
     dtype: torch.dtype = torch.float32
     precision: Precision = "full"
     seed: int = 0
+    groups: tuple[ParameterGroup, ...] = ()
+    clip: Clip | None = None
+    accumulate: int = 1
+    replication: Replication = "copy"
+    generators: tuple[str, ...] = ("torch",)
+    shared: tuple[str, ...] | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -109,19 +142,22 @@ class Departure:
 
 
 class Block:
-    """k rows of the population: their models, data streams, and one optimizer over all of them.
+    """k rows of the population: their models, data streams, and the optimizers of them.
 
     A row whose loss, gradient or parameters are not finite leaves the population before it is mixed again: it is out,
     NaN throughout, which the transports know, and takes no steps until it is re-seeded.
 
     Attributes:
         rows: the k×D block of X, contiguous; the models' parameters are views of it.
-        gradients: k×D, likewise behind the parameters' gradients.
-        models: k modules; their buffers are their own.
+        gradients: k×D: of the step that is being taken; 0 where a parameter has none.
+        models: k modules. Frozen parameters and buffers share memory until a model writes to one, see `replicate`.
+        initial: the buffers and frozen parameters that all models began with.
         subproblems: the k indices in the population.
         weights: the k weight vectors, shape (k, m).
         layout: of a row.
         buckets: the columns that step together; more than one only where adapt_then_combine overlaps.
+        optimizers: of the rows.
+        curves: what the steps since the last `take_curves` told of themselves.
         out: for each row, whether it is out of the population.
         departures: of rows, since they were last taken from this list.
     """
@@ -136,6 +172,7 @@ class Block:
         *,
         rows: Tensor | None = None,
         bucket_bytes: float = math.inf,
+        examined: Examination | None = None,
     ) -> None:
         """Builds the models, and every row at the one initialization.
 
@@ -147,40 +184,64 @@ class Block:
             device: where they live.
             rows: memory for them, (k, D), that a transport can reach; None takes some.
             bucket_bytes: least size of a bucket, of one row; infinite for a single one.
+            examined: what the plan found out about the streams; None takes their state as it is, and draws none ahead.
         """
         self.problem, self.recipe, self.subproblems = problem, recipe, list(subproblems)
         model = initial_model(problem, recipe.seed, recipe.dtype).to(device)
         self.layout = Layout.of(model, problem.transfers)
-        self.models: list[nn.Module] = [copy.deepcopy(model) for _ in self.subproblems]
-        shape = (len(self.subproblems), self.layout.size)
+        count = len(self.subproblems)
+        self.initial = initial_constants(model, self.layout.names)
+        self.models: list[nn.Module] = replicate(model, problem, recipe.seed, recipe.dtype, count, recipe.replication)
+        shape = (count, self.layout.size)
         self.rows = torch.empty(shape, dtype=recipe.dtype, device=device) if rows is None else rows
         self.gradients = torch.zeros_like(self.rows)
-        for module, row, gradient in zip(self.models, self.rows, self.gradients, strict=True):
-            self.layout.bind(module, row, gradient)
-        # torch.manual_seed would queue a call, with a stack trace, for every absent accelerator, each time.
-        self.generators = [torch.default_generator]
-        if self.rows.is_cuda:
-            self.generators.append(torch.cuda.default_generators[self.rows.device.index])
+        for module, row in zip(self.models, self.rows, strict=True):
+            self.layout.bind(module, row)
         self.weights = torch.as_tensor(W[self.subproblems], dtype=recipe.dtype, device=device)
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
-        self.streams = [problem.batches(seed) for seed in self.seeds]
+        self.seeders = seeders(recipe.generators, self.rows.device)
+        self.examined = examined
+        self.feed = self.new_feed()
         self.gradient_method = recipe.gradient() if recipe.gradient else None
         if self.gradient_method:
             self.shared = self.shared_columns()
         self.mix_locally = deferred(LocalProduct())
-        self.out = [False] * len(self.subproblems)
+        self.out = [False] * count
         self.departures: list[Departure] = []
-        bounds = bucket_bounds(self.layout, self.rows.itemsize, bucket_bytes)
-        if bucket_bytes == math.inf:
-            bounds = [(0, self.layout.size)]
-        S = self.layout.transferring
-        self.buckets = [
-            Bucket(a, b, max(0, min(b, S) - a), *self.new_optimizer(recipe.optimizer, recipe.lr_schedule, a, b))
-            for a, b in bounds
-        ]
+        whole = recipe.clip and recipe.clip.norm is not None  # of all columns
+        self.buckets = make_buckets(self.layout, self.rows.itemsize, math.inf if whole else bucket_bytes)
+        self.optimizers = self.new_optimizers(recipe.optimizer, recipe.lr_schedule, recipe.groups, self.buckets)
+        self.moments = moment_names(recipe.optimizer) if recipe.mix_moments else []
+        self.gradient_rows = GradientRows(self.layout, self.models, self.gradients)
+        self.task_gradients: list[tuple[Tensor, list[bool]]] = []
+        self.curves = Curves(count)
+        self.awaited: list[list[float]] | None = None
         self.stacked: Stacked | None = None
         self.arrivals: Arrivals | None = None
+        self.compiled = Compiled(problem, self.models[0]) if recipe.compiled else None
         self._watch(dict(self.models[-1].named_parameters()))
+
+    def new_feed(self) -> Feed:
+        """The rows' batches, from the first one on."""
+        examined = self.examined
+
+        def seeded(number: int) -> None:
+            for seed in self.seeders:
+                seed(number)
+
+        streams = [
+            Stream(
+                self.problem,
+                seed,
+                seeded=seeded,
+                name=f"the training batches of subproblem {subproblem}",
+                stateful=not (examined and examined.replays),
+            )
+            for subproblem, seed in zip(self.subproblems, self.seeds, strict=True)
+        ]
+        ahead = bool(examined and examined.ahead)
+        generators = [torch.cuda.default_generators[self.rows.device.index]] if self.rows.is_cuda else []
+        return Feed(streams, lambda batch: to_model(batch, self.rows), self.rows.device, generators, ahead=ahead)
 
     def execute(self, execution: Execution | Literal["auto"]) -> str:
         """Takes the gradients of the rows one after the other or stacked from now on; says which, and why.
@@ -194,7 +255,7 @@ class Block:
             return "loop: each loss has a gradient of its own"
         choice = choose(self)
         if choice.execution == "stacked" or (execution == "stacked" and choice.stacked_seconds is not None):
-            self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, self.gradients)
+            self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, compiled=self.recipe.compiled)
             self._watch(self.stacked.leaves)
             return "stacked: asked for" if execution == "stacked" else choice.why
         return choice.why
@@ -204,20 +265,18 @@ class Block:
         if len(self.buckets) > 1:
             self.arrivals = Arrivals(self.buckets, self.layout, leaves)
 
-    def new_optimizer(
+    def new_optimizers(
         self,
-        optimizer: Callable[[list[Tensor]], Optimizer],
-        lr_schedule: Callable[[Optimizer], LRScheduler] | None,
-        first: int = 0,
-        end: int | None = None,
-    ) -> tuple[Optimizer, LRScheduler | None]:
-        """An optimizer over columns first … end−1 of the rows, each row one tensor to it, and its schedule."""
-        pieces = []
-        for row, gradient in zip(self.rows, self.gradients, strict=True):
-            pieces.append(row[first:end])
-            pieces[-1].grad = gradient[first:end]
-        made = optimizer(pieces)
-        return made, lr_schedule(made) if lr_schedule else None
+        optimizer: MakeOptimizer,
+        lr_schedule: MakeSchedule | None,
+        groups: Sequence[ParameterGroup],
+        buckets: Sequence[Bucket] | None = None,
+    ) -> Optimizers:
+        """Optimizers of the rows; None for `buckets` steps all columns together."""
+        whole = buckets or make_buckets(self.layout, self.rows.itemsize, math.inf)
+        return Optimizers(
+            self.problem, self.models, self.layout, self.rows, self.gradients, whole, optimizer, lr_schedule, groups
+        )
 
     def run(self, chunk: Chunk, mix: Mixing | None = None) -> NDArray[np.float64]:
         """Takes the steps of a chunk, and gives their training losses, shape (n, k, m).
@@ -228,14 +287,21 @@ class Block:
 
         Returns:
             The losses; NaN of rows that are out.
+
+        Raises:
+            ValueError: the batches end, or a model has replaced one of its parameters.
         """
         z = torch.as_tensor(chunk.ideal).to(self.rows)
+        self.plateau(chunk)
         off_identity = chunk.M - np.eye(len(chunk.M))
         A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
+        self.feed.expect(len(chunk) * self.recipe.accumulate)
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None
             losses.append(self.step(t, z, A_t, mix or self.mix_locally))
+        for model, row in zip(self.models, self.rows, strict=True):
+            self.layout.check_bound(model, row)
         return torch.stack(losses).double().cpu().numpy()
 
     def step(self, t: int, z: Tensor, A_t: Tensor | None, mix: Mixing) -> Tensor:
@@ -258,7 +324,7 @@ class Block:
 
         def advance(bucket: Bucket) -> None:
             displacement = exchange() if exchange else None
-            bucket.step()
+            self.update(bucket, self.optimizers)
             if displacement is not None:
                 X.add_(displacement)
 
@@ -269,10 +335,10 @@ class Block:
         exchanges: list[tuple[list[list[Tensor]], Callable[[], Tensor]]] = []
 
         def advance(bucket: Bucket) -> None:
-            bucket.step()
+            self.update(bucket, self.optimizers)
             if A_t is not None and bucket.mixed:
-                parts = self.moving(bucket)
                 X = self.rows[:, bucket.first : bucket.first + bucket.mixed]
+                parts = [list(X), *self.optimizers.moments(bucket.index, self.moments)]
                 self.blank(t, X, parts[1:])
                 block = torch.cat([torch.stack(part) for part in parts], dim=1) if len(parts) > 1 else X
                 exchanges.append((parts, mix(block, A_t)))
@@ -285,78 +351,119 @@ class Block:
                     row += change
         return losses
 
-    def moving(self, bucket: Bucket) -> list[list[Tensor]]:
-        """What of a bucket is mixed, each as k tensors of shape (mixed,): the rows, and the moments if they are too."""
-        pieces = bucket.optimizer.param_groups[0]["params"]
-        parts = [[piece[: bucket.mixed] for piece in pieces]]
-        if self.recipe.mix_moments:
-            states = [bucket.optimizer.state[piece] for piece in pieces]
-            moments = sorted(k for k, v in states[0].items() if isinstance(v, Tensor) and v.shape == pieces[0].shape)
-            parts += [[state[key][: bucket.mixed] for state in states] for key in moments]
-        return parts
-
     def differentiate(self, t: int, z: Tensor, advance: Callable[[Bucket], None]) -> Tensor:
         """Takes the gradients of the scalarized losses at the rows as they stand; returns the losses, (k, m).
 
         Hands every bucket to `advance` once its gradients are complete, and rows with others than finite ones are out.
+        Of several batches a step, losses and gradients are means.
         """
-        self.gradients.zero_()
-        losses: list[Tensor] = []
+        losses = torch.zeros_like(self.weights)
+        taken = self.gradient_rows
+        taken.begin()
 
         def complete(bucket: Bucket) -> None:
-            self.take_out(torch.cat(losses), t, slice(bucket.first, bucket.end))
+            self.take_out(losses, t, bucket, self.recipe.clip)
             advance(bucket)
 
-        for i, (f, w, last) in enumerate(self.forward_passes(t)):
-            losses.append(torch.full_like(w, math.nan)[None] if f is None else f.detach().view(-1, f.shape[-1]))
-            with self.arrivals.watch(complete) if self.arrivals and last else nullcontext():
-                if f is not None and self.gradient_method:
-                    self.combine(i, f, self.gradient_method)
-                elif f is not None:
-                    self.recipe.scalarization(f, w, z).sum().backward()
-        if not self.arrivals:
-            complete(self.buckets[0])
-        return torch.cat(losses)
+        def arrive(bucket: Bucket) -> None:
+            taken.collect(rows, leaves, bucket.parameters)
+            complete(bucket)
 
-    def combine(self, i: int, f: Tensor, method: GradientMethod) -> None:
-        """Row i's gradient by a gradient method, of its losses (m,)."""
-        G = task_gradients(f, self.models[i], self.layout.names)
-        self.gradients[i] = G.sum(0)
+        done = 0
+        for rows, leaves, f, last in self.forward_passes():
+            losses[rows] += math.nan if f is None else f.detach() / self.recipe.accumulate
+            if f is None:
+                taken.leave_out(cast(int, rows))
+            elif self.gradient_method:
+                self.combine(cast(int, rows), f)
+            elif f.requires_grad:  # a batch without any label has losses that are constant
+                arrivals = self.arrivals if last and self._overlaps() else None
+                with arrivals.watch(arrive) if arrivals else nullcontext():
+                    (self.recipe.scalarization(f, self.weights[rows], z).sum() / self.recipe.accumulate).backward()
+                done = arrivals.next if arrivals else 0
+                taken.collect(rows, leaves)
+            else:
+                taken.collect(rows, leaves)
+        for bucket in self.buckets[done:]:
+            complete(bucket)
+        self.curves.count()
+        return losses
+
+    def _overlaps(self) -> bool:
+        """Whether buckets may step while the last backward pass goes on: no row lacks a gradient so far."""
+        if self.optimizers.stepping == "rows" and not self.gradient_rows.complete(range(len(self.layout.names))):
+            self.optimizers.to_parameters()
+        return self.optimizers.stepping == "rows"
+
+    def forward_passes(self) -> Iterator[tuple[Rows, Sequence[Tensor], Tensor | None, bool]]:
+        """The losses of the next step, one batch after the other, of one row, (m,), or of all, (k, m).
+
+        With them which rows they are of, the tensors that will have their gradients, and whether they are the last. A
+        row that is out has None.
+        """
+        n, k = self.recipe.accumulate, len(self.models)
+        if not self.stacked:
+            for i in range(k):
+                for j in range(n):
+                    batch = self.draw(i)
+                    f = None if self.out[i] else self.losses(i, batch)
+                    yield i, self.gradient_rows.parameters[i], f, (i, j) == (k - 1, n - 1)
+            return
+        for j in range(n):
+            batches = [self.draw(i) for i in range(k)]
+            last = j == n - 1
+            try:
+                with self.autocast():
+                    F, scalars = self.stacked.losses(batches)
+            except (NotStackable, RuntimeError):  # shorter batches at the end of an epoch; a branch not seen before
+                for i, batch in enumerate(batches):
+                    f = None if self.out[i] else self.losses(i, batch)
+                    yield i, self.gradient_rows.parameters[i], f, last and i == k - 1
+            else:
+                self.curves.report(ALL, scalars)
+                yield ALL, self.stacked.ordered, F, last
+
+    def update(self, bucket: Bucket, optimizers: Optimizers) -> None:
+        """The optimizers' step of the columns of a bucket; the schedules' with the last one."""
+        there = self.gradient_rows.there
+        if optimizers.stepping == "rows" and not self.gradient_rows.complete(bucket.parameters):
+            optimizers.to_parameters(bucket.index)
+        if optimizers.stepping == "rows":
+            optimizers.step(bucket.index)
+        else:
+            arrived = [None if out else has for out, has in zip(self.out, there, strict=True)]
+            optimizers.step_members(arrived, bucket)
+
+    def combine(self, i: int, f: Tensor) -> None:
+        """Takes the task gradients of a batch of row i, of its losses (m,); with the last one the method updates."""
+        assert self.gradient_method is not None  # or it would not be asked
+        G, there = task_gradients(f, self.models[i], self.layout.names)
+        self.task_gradients.append((G, there))
+        if len(self.task_gradients) < self.recipe.accumulate:
+            return
+        G = torch.stack([G for G, _ in self.task_gradients]).mean(0)
+        there = [any(has) for has in zip(*(has for _, has in self.task_gradients), strict=True)]
+        self.task_gradients = []
+        gradient = G.sum(0)
         if G.isfinite().all():  # else the row leaves
-            self.gradients[i, self.shared] = method(G[:, self.shared], self.weights[i])
+            gradient[self.shared] = self.gradient_method(G[:, self.shared], self.weights[i])
+        self.gradient_rows.put(i, gradient, there)
 
     def shared_columns(self) -> Tensor:
         """A boolean mask, (D,), of the columns of the parameters that all losses share."""
-        # A stream of its own: the rows' data may not depend on a look at them.
-        batch = to_model(next(self.problem.batches(self.seeds[0])), self.rows)
-        names = shared_parameters(self.problem, self.models[0], batch)
-        return self.layout.columns(names).to(self.rows.device)
+        names = self.recipe.shared
+        if names is None:
+            names = find_shared(self.problem, self.recipe.seed, self.recipe.dtype, str(self.rows.device)).names
+        return self.layout.columns(set(names)).to(self.rows.device)
 
-    def forward_passes(self, t: int) -> Iterator[tuple[Tensor | None, Tensor, bool]]:
-        """The losses of step t and their weight vectors, (k, m) at once or (m,) a row; whether they are the last.
-
-        One by one, a row that is out has None.
-        """
-        batches: Sequence[Any] | None = None
-        if self.stacked:
-            batches = [self.draw(i, t) for i in range(len(self.models))]
-            try:
-                with self.autocast():
-                    F = self.stacked.losses(batches)
-            except (NotStackable, RuntimeError):  # shorter batches at the end of an epoch; a branch not seen before
-                pass
-            else:
-                yield F, self.weights, True
-                return
-        for i, model in enumerate(self.models):
-            batch = batches[i] if batches else self.draw(i, t)
-            f = None if self.out[i] else self.losses(model, batch)
-            yield f, self.weights[i], i + 1 == len(self.models)
-
-    def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """The m losses of a batch, in the precision of the recipe."""
+    def losses(self, i: int, batch: Any) -> Tensor:
+        """The m losses of row i on a batch, in the precision of the recipe; what they report goes to the curves."""
         with self.autocast():
-            return self.problem.losses(model, batch)
+            f, scalars = parted(
+                self.compiled(self.models[i], batch) if self.compiled else self.problem.losses(self.models[i], batch)
+            )
+        self.curves.report(i, scalars)
+        return f
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Where the losses are computed: in the precision of the recipe."""
@@ -364,25 +471,23 @@ class Block:
             return nullcontext()
         return torch.autocast(self.rows.device.type, torch.bfloat16)
 
-    def draw(self, i: int, t: int) -> Any:
-        """Row i's batch of step t. Seeds torch for it, so that dropout depends on subproblem and step alone."""
-        for generator in self.generators:
-            generator.manual_seed((self.seeds[i] + t) % 2**63)
-        try:
-            batch = next(self.streams[i])
-        except StopIteration:
-            subproblem = self.subproblems[i]
-            raise ValueError(
-                f"the training batches of subproblem {subproblem} ended at step {t}, not endless"
-            ) from None
-        return to_model(batch, self.rows)
+    def draw(self, i: int) -> Any:
+        """Row i's next batch. Seeds the random generators, so that dropout depends on subproblem and draw alone."""
+        return self.feed.draw(i)
 
-    def take_out(self, losses: Tensor, t: int, columns: slice = slice(None)) -> None:
-        """Takes rows out whose losses, (k, m), or gradients are not finite, before these reach another row."""
-        gradients = self.gradients[:, columns]
-        for i, finite in enumerate((losses.sum(1) + gradients.sum(1)).isfinite().tolist()):  # waits for the device
-            if not finite and not self.out[i] and (why := self.what_is_wrong(i, losses[i], gradients[i], t)):
+    def take_out(self, losses: Tensor, t: int, bucket: Bucket, clip: Clip | None) -> None:
+        """Takes rows out whose losses, (k, m), or gradients are not finite, before others see them; clips the rest."""
+        gradients = self.gradients[:, bucket.first : bucket.end]
+        norms = torch.linalg.vector_norm(gradients, dim=1)
+        sizes, totals = torch.stack([norms, losses.sum(1)]).tolist()  # waits for the device
+        for i, (size, total) in enumerate(zip(sizes, totals, strict=True)):
+            if math.isfinite(size + total) or self.out[i]:
+                continue
+            if why := self.what_is_wrong(i, losses[i], gradients[i], t):
                 self.leave(i, t, why)
+        self.curves.gradient_norms(sizes)
+        if clip:
+            clip(gradients, norms)
 
     def what_is_wrong(self, i: int, f: Tensor, gradient: Tensor, t: int) -> str | None:
         """What of row i's losses, (m,), or its gradient is not finite; None if only their sum is not."""
@@ -422,11 +527,14 @@ class Block:
         departures, self.departures = self.departures, []
         return departures
 
+    def take_curves(self, optimizers: Optimizers | None = None) -> Sums:
+        """What the steps since the last call, by these optimizers or the block's, told of themselves; see `Curves`."""
+        return self.curves.take([(optimizers or self.optimizers).rate(i) for i in range(len(self.models))])
+
     def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
         """Row i is in again: parameters and buffers as given, by name, its optimizer without memory."""
-        self.models[i].load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
-        for bucket in self.buckets:
-            bucket.optimizer.state.pop(bucket.optimizer.param_groups[0]["params"][i], None)
+        load_exported(self.models[i], {name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+        self.optimizers.forget(i)
         self.out[i] = False
 
     def project(self) -> None:
@@ -441,26 +549,44 @@ class Block:
             torch.full((len(self.problem.objectives),), math.nan, dtype=torch.float64),
             dict.fromkeys(self.problem.metrics, math.nan),
         )
-        return [
+        found = [
             nothing if out else self.problem.evaluate(model, split)
             for model, out in zip(self.models, self.out, strict=True)
         ]
+        if split == "validation":
+            self.awaited = [evaluation.objectives.tolist() for evaluation in found]
+        return found
+
+    def plateau(self, chunk: Chunk) -> None:
+        """Tells schedules that wait for it each member's own value at the evaluation just before a chunk."""
+        values, self.awaited = self.awaited, None
+        if values is None or not chunk.first:
+            return
+        for i, member in enumerate(self.optimizers.members):
+            if not self.out[i]:
+                f, w = torch.tensor(values[i], dtype=torch.float64), self.weights[i].double().cpu()
+                member.plateau(float(self.recipe.scalarization(f, w, torch.as_tensor(chunk.ideal))))
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
-        """Row i's model, parameters and buffers by name, as arrays of its own."""
-        return {name: value.detach().cpu().clone().numpy() for name, value in self.models[i].state_dict().items()}
-
-
-def initial_model(problem: Problem, seed: int, dtype: torch.dtype) -> nn.Module:
-    """The one initialization that every subproblem starts from: networks of different seeds cannot be averaged."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = problem.model()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{type(problem).__name__}.model returned {type(model).__name__}, not a torch.nn.Module")
-    return model.to(dtype)
+        """Row i's model, parameters and buffers by name, as arrays of its own; see `exported`."""
+        return {name: value.cpu().clone().numpy() for name, value in exported(self.models[i]).items()}
 
 
 def subproblem_seed(seed: int, subproblem: int) -> int:
     """The seed of a subproblem's own data stream and dropout."""
     return int(np.random.SeedSequence(seed, spawn_key=(subproblem,)).generate_state(1, np.uint64)[0] % 2**63)
+
+
+def seeders(generators: Sequence[str], device: torch.device) -> list[Callable[[int], object]]:
+    """Functions that seed the global random generators of these names, on this device."""
+    found: list[Callable[[int], object]] = []
+    if "torch" in generators:
+        # torch.manual_seed would queue a call, with a stack trace, for every absent accelerator, each time.
+        found.append(torch.default_generator.manual_seed)
+        if device.type == "cuda":
+            found.append(torch.cuda.default_generators[device.index].manual_seed)
+    if "numpy" in generators:
+        found.append(lambda seed: np.random.seed(seed % 2**32))
+    if "random" in generators:
+        found.append(random.seed)
+    return found

@@ -24,7 +24,7 @@ class Population:
 
     Attributes:
         block: its rows X (N×D) and models.
-        history: objective values on the validation split (N×m) and hypervolume over the MTGD steps.
+        history: objective values (N×m), metrics and hypervolume on the validation split over the MTGD steps.
         fine_tuned: what Aligned-MTL did to each model; empty without that stage.
         reference_point: of the hypervolumes, shape (m,).
     """
@@ -84,7 +84,8 @@ def train_population(
     block = Block(problem, range(len(W)), W, recipe, device)
 
     def observe() -> None:
-        observation = course.observe(objective_matrix(block.evaluate("validation")))
+        evaluations = block.evaluate("validation")
+        observation = course.observe(objective_matrix(evaluations), metric_columns(evaluations))
         if observed:
             observed(observation)
 
@@ -92,6 +93,7 @@ def train_population(
     began = time.monotonic()
     while chunk := course.next_chunk():
         block.run(chunk)
+        course.means.add(block.subproblems, block.take_curves())
         course.leave(block.take_departures())
         since, began = began, time.monotonic()
         if course.advance(chunk, began - since):
@@ -114,3 +116,8 @@ def train_population(
 def objective_matrix(evaluations: Sequence[Evaluation]) -> Matrix:
     """The objective values of evaluations as F, shape (N, m)."""
     return np.stack([evaluation.objectives.numpy() for evaluation in evaluations])
+
+
+def metric_columns(evaluations: Sequence[Evaluation]) -> dict[str, list[float]]:
+    """The metrics of N evaluations by name, N values each."""
+    return {name: [evaluation.metrics[name] for evaluation in evaluations] for name in evaluations[0].metrics}

@@ -1,21 +1,21 @@
-"""All that a row needs to go on from where it stands: its parameters and buffers, and its optimizer's memory.
+"""All that a row needs to go on from where it stands: its model, its optimizers' memory, its stream's state.
 
-Nothing else is random or remembered: torch is seeded for each subproblem and step, a stream of batches is decided by
-its seed and how many were drawn, and a learning-rate schedule by how often it stepped. These are played again.
+Nothing else is random or remembered: the random generators are seeded for each subproblem and batch, and a stream
+without a state is decided by its seed and how many were drawn.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from popmtl.method.buckets import Bucket
 from popmtl.method.mtgd import Block
+from popmtl.method.optimizers import Optimizers
+from popmtl.method.replica import extra_state, own_constants, set_constants, set_extra_state
+from popmtl.method.trees import pack, unpack
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class RowState:
     """One subproblem at a step.
 
     Attributes:
-        tensors: on the CPU, its own copies: "row" of shape (D,), "buffers/<name>", "optimizer/<name>", (D,) or ().
+        tensors: on the CPU, its own copies: "row" of shape (D,), "buffers/<name>" of those that training has written
+            to, and of frozen parameters likewise, "optimizer/…", "extra/…" and "stream/…", see `popmtl.method.trees`.
         numbers: what is no tensor, as JSON can hold it.
     """
 
@@ -31,86 +32,78 @@ class RowState:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def take(block: Block, buckets: Sequence[Bucket]) -> list[RowState]:
-    """The rows of a block, each with the memory of the optimizers that step it."""
+def take(block: Block, optimizers: Optimizers) -> list[RowState]:
+    """The rows of a block, each with the memory of the optimizers that step it.
+
+    Raises:
+        TypeError: an optimizer or a module remembers what cannot be saved without a pickle, naming it.
+    """
     states = []
-    for i, model in enumerate(block.models):
-        tensors = {"row": copied(block.rows[i])}
-        tensors |= {f"buffers/{name}": copied(value) for name, value in model.named_buffers()}
-        memory, numbers = _memory(buckets, i)
-        states.append(RowState(tensors | memory, {"optimizer": numbers, "out": block.out[i]}))
+    for i in range(len(block.models)):
+        state = take_model(block, i)
+        memory, tensors = optimizers.memory(i)
+        awaited = block.awaited[i] if block.awaited else None
+        plain, _ = pack(awaited, "awaited")  # NaN of a row that is out
+        stream, held = block.feed.state(i)
+        numbers = {"optimizer": memory, "out": block.out[i], "awaited": plain, "stream": stream}
+        states.append(RowState(state.tensors | tensors | held, state.numbers | numbers))
     return states
 
 
-def put(block: Block, buckets: Sequence[Bucket], states: Sequence[RowState]) -> None:
-    """Makes the rows of a block, and the memory of the optimizers that step them, what they were.
+def put(block: Block, optimizers: Optimizers, states: Sequence[RowState]) -> None:
+    """Makes the rows of a block, their streams, and the memory of the optimizers that step them, what they were.
+
+    Streams without a state are then behind, and catch up at the latest when the next batch is drawn.
 
     Raises:
         ValueError: a state is not of such a row.
     """
-    for i, (model, state) in enumerate(zip(block.models, states, strict=True)):
-        buffers = dict(model.named_buffers())
-        expected = {f"buffers/{name}": value.shape for name, value in buffers.items()} | {"row": block.rows[i].shape}
-        found = {name: v.shape for name, v in state.tensors.items() if name.partition("/")[0] in ("row", "buffers")}
-        if found != expected:
-            different = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-            raise ValueError(f"subproblem {block.subproblems[i]}: {different[0]} is not that of this model")
-        block.rows[i] = state.tensors["row"].to(block.rows)
-        for name, buffer in buffers.items():
-            buffer.copy_(state.tensors[f"buffers/{name}"])
+    awaited = []
+    for i, state in enumerate(states):
+        put_model(block, i, state)
         block.out[i] = state.numbers["out"]
-        _remember(buckets, i, state)
+        optimizers.remember(i, state.numbers["optimizer"], state.tensors)
+        block.feed.streams[i].restore(state.numbers["stream"], state.tensors)
+        awaited.append(unpack(state.numbers["awaited"], {}))
+    block.awaited = None if None in awaited else awaited
 
 
-def play_again(block: Block, steps: int) -> None:
-    """Draws the batches of the first steps from new streams, for nothing, so that the next one is that of `steps`."""
-    block.streams = [block.problem.batches(seed) for seed in block.seeds]
-    with torch.random.fork_rng([block.rows.device] if block.rows.is_cuda else []):
-        for i in range(len(block.models)):
-            for t in range(steps):
-                block.draw(i, t)
+def take_model(block: Block, i: int) -> RowState:
+    """Row i's model alone: parameters, buffers and extra state.
+
+    Raises:
+        TypeError: extra state that cannot be saved without a pickle, naming it.
+    """
+    model = block.models[i]
+    tensors = {"row": copied(block.rows[i])}
+    tensors |= {
+        f"buffers/{name}": copied(value)
+        for name, value in own_constants(model, block.initial, block.layout.names).items()
+    }
+    extra, found = pack(extra_state(model), "extra")
+    return RowState(tensors | found, {"extra": extra, "buffers": sorted(n for n in tensors if n != "row")})
 
 
-def step_schedules(buckets: Sequence[Bucket], steps: int) -> None:
-    """Takes the learning-rate schedules of new optimizers to where they are after so many steps."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for bucket in buckets:
-            for _ in range(steps if bucket.lr_schedule else 0):
-                bucket.lr_schedule.step()  # type: ignore[union-attr]
+def put_model(block: Block, i: int, state: RowState) -> None:
+    """Makes row i's model what it was.
+
+    Raises:
+        ValueError: the state is not of such a row.
+    """
+    model, row = block.models[i], state.tensors["row"]
+    own = {n.removeprefix("buffers/"): value for n, value in state.tensors.items() if n.startswith("buffers/")}
+    modules = dict(model.named_modules())
+    strange = [f"buffers/{name}" for name in own if name.rpartition(".")[0] not in modules]
+    strange += [name for name in state.numbers["buffers"] if name not in state.tensors]
+    if row.shape != block.rows[i].shape:
+        strange.append("row")
+    if strange:
+        raise ValueError(f"subproblem {block.subproblems[i]}: {sorted(strange)[0]} is not that of this model")
+    block.rows[i] = row.to(block.rows)
+    set_constants(model, own, block.initial, block.layout.names)
+    set_extra_state(model, unpack(state.numbers["extra"], state.tensors))
 
 
 def copied(value: Tensor) -> Tensor:
     """A copy on the CPU that nothing else changes."""
     return value.detach().to("cpu", copy=True).contiguous()
-
-
-def _memory(buckets: Sequence[Bucket], i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the optimizers of row i's pieces remember: of whole rows, whatever the pieces; and what is no tensor."""
-    ordered = sorted(buckets, key=lambda bucket: bucket.first)
-    pieces = [bucket.optimizer.param_groups[0]["params"][i] for bucket in ordered]
-    states = [bucket.optimizer.state.get(piece, {}) for bucket, piece in zip(ordered, pieces, strict=True)]
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for key, value in states[0].items():
-        if not isinstance(value, Tensor):
-            numbers[key] = value
-        elif value.shape == pieces[0].shape:
-            tensors[f"optimizer/{key}"] = copied(torch.cat([state[key] for state in states]))
-        elif value.ndim == 0:
-            tensors[f"optimizer/{key}"] = copied(value)
-        else:
-            raise ValueError(f"the optimizer's {key} has shape {tuple(value.shape)}: neither a row's nor a number's")
-    return tensors, numbers
-
-
-def _remember(buckets: Sequence[Bucket], i: int, state: RowState) -> None:
-    for bucket in buckets:
-        piece = bucket.optimizer.param_groups[0]["params"][i]
-        memory: dict[str, Any] = dict(state.numbers["optimizer"])
-        for name, value in state.tensors.items():
-            kind, _, key = name.partition("/")
-            if kind == "optimizer":
-                part = value[bucket.first : bucket.end] if value.ndim else value
-                memory[key] = part.to(piece.device if value.ndim else "cpu", copy=True)
-        bucket.optimizer.state[piece] = memory

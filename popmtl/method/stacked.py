@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from popmtl.method.compiled import LossesOf
+from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
-from popmtl.method.problem import Problem
+from popmtl.method.gradient_rows import ALL, GradientRows
+from popmtl.method.problem import Problem, parted
+from popmtl.method.replica import constants, copied, python_state
 from popmtl.method.scalarization import Scalarization
 
 if TYPE_CHECKING:
@@ -42,6 +46,10 @@ REASONS = {
     ".item()": "the losses read a number out of a tensor",
     "Cannot access data pointer": "the losses read numbers out of a tensor",
     "dynamic shape": "the losses make a tensor whose shape depends on values",
+    "saved tensor hooks": "gradient checkpointing, which vmap does not know",
+    "custom autograd.Function": "an autograd.Function of its own, which vmap does not know",
+    "autograd.Function with functorch": "an autograd.Function of its own, which vmap does not know",
+    "Batching rule not implemented": "an operation that vmap does not know, as those of recurrent layers",
     "vmap: inplace": "a tensor that all rows share is changed in place",
 }
 """What vmap says, by a part of it, in plain words."""
@@ -62,29 +70,36 @@ class Stacked:
         layout: of a row.
         model: any one of the block's models; it is copied.
         rows: the block of X, shape (k, D), contiguous.
-        gradients: likewise of the gradients.
+        compiled: through torch.compile.
 
     Attributes:
         leaves: the trainable parameters by name, each of shape (k, *shape): a view of `rows`, so that a change of those
-            is seen at once, with the same view of `gradients` as its `grad`, to which every backward pass adds.
+            is seen at once. A backward pass leaves their gradients in their `grad`.
+        ordered: likewise, in the order of the layout.
     """
 
-    def __init__(self, problem: Problem, layout: Layout, model: nn.Module, rows: Tensor, gradients: Tensor) -> None:
-        # Said once a process of gradients that are columns of a matrix. They are added to in place all the same.
+    def __init__(
+        self, problem: Problem, layout: Layout, model: nn.Module, rows: Tensor, *, compiled: bool = False
+    ) -> None:
+        # Said once a process of gradients that vmap has laid out otherwise than the columns of a matrix.
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
-        self.module = _Losses(problem, copy.deepcopy(model))
+        self.module = LossesOf(problem, copied(model))
         self.leaves: dict[str, Tensor] = {}
         sizes = [math.prod(shape) for shape in layout.shapes]
-        columns = zip(layout.names, layout.shapes, rows.split(sizes, 1), gradients.split(sizes, 1), strict=True)
-        for name, shape, values, gradient in columns:
+        for name, shape, values in zip(layout.names, layout.shapes, rows.split(sizes, 1), strict=True):
             # By .data, since a detached view would share the version counter of all of `rows`: one parameter could
             # not step while the backward pass still reads another.
-            leaf = values.data.view(len(rows), *shape).requires_grad_()
-            leaf.grad = gradient.view(len(rows), *shape)
-            self.leaves[name] = leaf
+            self.leaves[name] = values.data.view(len(rows), *shape).requires_grad_()
+        self.ordered = list(self.leaves.values())
+        self.mapped = torch.compile(self._mapped) if compiled else self._mapped
 
-    def losses(self, batches: Sequence[Any]) -> Tensor:
-        """The losses of row i on batch i, shape (k, m), differentiable in `leaves`.
+    def _mapped(
+        self, of_one_row: Callable[..., Any], parameters: dict[str, Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return cast(tuple[Tensor, dict[str, Tensor]], vmap(of_one_row, randomness="error")(parameters, values))
+
+    def losses(self, batches: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The losses of row i on batch i, shape (k, m), differentiable in `leaves`; scalars beside them, (k,) each.
 
         Args:
             batches: k of them, alike in structure, shapes and dtypes, with no leaves but tensors and None.
@@ -107,24 +122,21 @@ class Stacked:
 
         _map(stack, batches)
 
-        def of_one_row(parameters: dict[str, Tensor], values: list[Tensor]) -> Tensor:
+        def of_one_row(parameters: dict[str, Tensor], values: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             remaining = iter(values)
             batch = _map(lambda leaves: None if leaves[0] is None else next(remaining), batches[:1])
-            return cast(Tensor, functional_call(self.module, parameters, (batch,)))
+            f, scalars = parted(functional_call(self.module, parameters, (batch,)))
+            return f, {name: torch.as_tensor(value) for name, value in scalars.items()}
 
         parameters = {f"model.{name}": leaf for name, leaf in self.leaves.items()}
-        return vmap(of_one_row, randomness="error")(parameters, tensors)
+        before = self._buffers()
+        result = self.mapped(of_one_row, parameters, tensors)
+        if self._buffers() != before:
+            raise NotStackable("the model has changed a buffer")
+        return result
 
-
-class _Losses(nn.Module):
-    """A problem's losses as a forward pass: functional_call replaces parameters below it, whatever module is called."""
-
-    def __init__(self, problem: Problem, model: nn.Module) -> None:
-        super().__init__()
-        self.problem, self.model = problem, model
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.problem.losses(self.model, batch)
+    def _buffers(self) -> list[tuple[int, int]]:
+        return [(id(buffer), buffer._version) for buffer in self.module.buffers()]
 
 
 def _map(function: Callable[[Sequence[Any]], Any], batches: Sequence[Any]) -> Any:
@@ -171,9 +183,9 @@ class Choice:
 def choose(block: Block) -> Choice:
     """Tries a training step of a block by the loop and stacked, and takes the faster if both give the same.
 
-    Nothing of the block changes, nor torch's random state: the step is taken by copies of its rows and models, on
-    batches from streams of their own. It takes about two seconds, or two steps of either kind if those take longer, and
-    for that time the memory of a second block.
+    Nothing of the block changes in the end, nor torch's random state; batches are from streams of their own. It takes
+    about two seconds, or two steps of either kind if those take longer, and for that time the memory of two more rows
+    each.
     """
     if len(block.models) == 1:
         return Choice("loop", "loop: one row")
@@ -187,60 +199,114 @@ def choose(block: Block) -> Choice:
     return Choice("loop", f"loop: {1e3 * loop:.2f} ms a step, stacked {1e3 * stacked:.2f} ms", loop, stacked)
 
 
-def _measure(block: Block) -> tuple[float, float]:
-    """Least seconds of losses and backward pass by the loop, and stacked, once both have given the same.
+def why_not_stacked(block: Block) -> str | None:
+    """Why the rows of a block cannot be stacked, in one line; None if they can. Nothing of the block changes."""
+    with torch.random.fork_rng([block.rows.device] if block.rows.is_cuda else []):
+        try:
+            _compare(block)
+        except Exception as error:  # noqa: BLE001 - as in `choose`
+            return _reason(error)
+    return None
+
+
+def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Losses and backward pass of the rows by the loop, and stacked, once both have given the same.
+
+    Each leaves its gradients in a matrix of its own. The rows are where they were; the models are their own, since a
+    copy may have lost what stacking loses too, such as hooks of parameters.
 
     Raises:
-        NotStackable: they give different results, or the models' buffers change.
+        NotStackable: they give different results, or a model remembers something.
         Exception: whatever the problem's code raises.
     """
-    started = time.perf_counter()
-    twin = copy.copy(block)
-    twin.streams = [block.problem.batches(seed) for seed in block.seeds]
-    twin.models = [copy.deepcopy(model) for model in block.models]
-    twin.rows, twin.gradients = torch.empty_like(block.rows), torch.zeros_like(block.rows)
-    for model, row, gradient in zip(twin.models, twin.rows, twin.gradients, strict=True):
-        twin.layout.bind(model, row, gradient)
-    batches = [twin.draw(i, 0) for i in range(len(twin.models))]
-    stacked = Stacked(twin.problem, twin.layout, twin.models[0], twin.rows, twin.gradients)
-    # Rows start alike, and like the model that is copied: a step that read the wrong one would go unnoticed.
-    twin.rows *= 1 - SHRINK * torch.rand_like(twin.rows)
-    twin.project()
-    z = torch.zeros_like(twin.weights[0])
+    trial = copy.copy(block)
+    trial.feed = block.new_feed()
+    batches = [trial.draw(i) for i in range(len(block.models))]
+    for i, batch in enumerate(batches):
+        _refuse_memory(block, i, batch)
+    trial.gradients, trial.curves = torch.zeros_like(block.rows), Curves(len(block.models))
+    taken = trial.gradient_rows = GradientRows(block.layout, block.models, trial.gradients)
+    stacked = Stacked(block.problem, block.layout, block.models[0], block.rows, compiled=block.recipe.compiled)
+    z = torch.zeros_like(block.weights[0])
     # A maximum of losses that are nearly equal, or bfloat16, would blow up differences that are only rounding.
-    twin.recipe = replace(block.recipe, precision="full", scalarization=Scalarization("weighted_sum"))
+    trial.recipe = replace(block.recipe, precision="full", scalarization=Scalarization("weighted_sum"))
 
     def by_loop() -> Tensor:
-        twin.gradients.zero_()
+        taken.begin()
         losses = []
-        for model, batch, w in zip(twin.models, batches, twin.weights, strict=True):
-            f = twin.losses(model, batch)
-            twin.recipe.scalarization(f, w, z).backward()
+        for i, (batch, w) in enumerate(zip(batches, block.weights, strict=True)):
+            f = trial.losses(i, batch)
+            if f.requires_grad:
+                trial.recipe.scalarization(f, w, z).backward()
+            taken.collect(i, taken.parameters[i])
             losses.append(f.detach())
         return torch.stack(losses)
 
     def by_stack() -> Tensor:
-        twin.gradients.zero_()
-        with twin.autocast():
-            f = stacked.losses(batches)
-        twin.recipe.scalarization(f, twin.weights, z).sum().backward()
+        taken.begin()
+        with trial.autocast():
+            f, _ = stacked.losses(batches)
+        if f.requires_grad:
+            trial.recipe.scalarization(f, block.weights, z).sum().backward()
+        taken.collect(ALL, stacked.ordered)
         return f.detach()
 
-    losses, gradients = by_loop(), twin.gradients.clone()
-    for before, after in zip(block.models, twin.models, strict=True):
-        buffers = dict(before.named_buffers())
-        for name, value in after.named_buffers():
-            if name not in buffers or not torch.equal(buffers[name], value):
-                raise NotStackable(f"training changes the buffer {name}")
-    for what, looped, other in (("losses", losses, by_stack()), ("gradients", gradients, twin.gradients)):
-        allowed = _tolerance(twin.rows) * looped.norm(dim=1).max()
-        if not (looped - other).norm(dim=1).max() <= allowed:  # as NaN is not
-            raise NotStackable(f"stacked {what} differ")
-    twin.recipe = block.recipe
+    kept = block.rows.clone()
+    try:
+        # Rows start alike, and like the model that is copied: a step that read the wrong one would go unnoticed.
+        block.rows *= 1 - SHRINK * torch.rand_like(block.rows)
+        block.project()
+        losses, gradients = by_loop(), trial.gradients.clone()
+        there = [list(has or ()) for has in taken.there]
+        for what, looped, other in (("losses", losses, by_stack()), ("gradients", gradients, trial.gradients)):
+            allowed = _tolerance(block.rows) * looped.norm(dim=1).max()
+            if not (looped - other).norm(dim=1).max() <= allowed:  # as NaN is not
+                raise NotStackable(f"stacked {what} differ")
+        if there != [list(has or ()) for has in taken.there]:
+            raise NotStackable("other parameters have gradients when they are stacked")
+    finally:
+        block.rows.copy_(kept)
+        taken.begin()
+    trial.recipe = block.recipe
+    return by_loop, by_stack
+
+
+def _refuse_memory(block: Block, i: int, batch: Any) -> None:
+    """Makes sure that row i's model, in a copy, is after a batch what it was before.
+
+    Raises:
+        NotStackable: it remembers something, naming it.
+    """
+    for name, parameter in block.models[0].named_parameters():  # the last one has hooks of the buckets
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise NotStackable(f"parameter {name} has hooks")
+    model, trained = copied(block.models[i]), block.layout.names
+    state, before = python_state(model), {name: value.clone() for name, value in constants(model, trained).items()}
+    with block.autocast():
+        parted(block.problem.losses(model, batch))
+    after = python_state(model)
+    if changed := sorted(name for name in after if state.get(name) != after[name]):
+        raise NotStackable(f"the model keeps {changed[0]} from one step to the next")
+    for name, value in constants(model, trained).items():
+        same = name in before and before[name].shape == value.shape and torch.equal(before[name], value)
+        if not same:
+            kind = "buffer" if name in dict(model.named_buffers()) else "frozen parameter"
+            raise NotStackable(f"training changes the {kind} {name}")
+
+
+def _measure(block: Block) -> tuple[float, float]:
+    """Least seconds of losses and backward pass by the loop, and stacked, once both have given the same.
+
+    Raises:
+        NotStackable: see `_compare`.
+        Exception: whatever the problem's code raises.
+    """
+    started = time.perf_counter()
+    by_loop, by_stack = _compare(block)
     loop_seconds, stacked_seconds = math.inf, math.inf
     for _ in range(PAIRS):
-        loop_seconds = min(loop_seconds, _seconds(by_loop, twin.rows))
-        stacked_seconds = min(stacked_seconds, _seconds(by_stack, twin.rows))
+        loop_seconds = min(loop_seconds, _seconds(by_loop, block.rows))
+        stacked_seconds = min(stacked_seconds, _seconds(by_stack, block.rows))
         if time.perf_counter() - started > BUDGET:
             break
     return loop_seconds, stacked_seconds

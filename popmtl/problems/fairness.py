@@ -14,7 +14,17 @@ from torch.nn import functional
 from popmtl.errors import RequestError
 from popmtl.method.problem import Direction, Problem, Split
 from popmtl.models.perceptron import perceptron
-from popmtl.problems.columns import Inputs, check_names, data_file, read_columns, split_rows
+from popmtl.problems.columns import (
+    Inputs,
+    check_inputs,
+    check_names,
+    cosine_defaults,
+    data_file,
+    split_rows,
+    told,
+    usable_rows,
+)
+from popmtl.problems.table_files import read_columns
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Inputs, shape (batch, inputs); labels, 0 or 1, and membership of the group, both of shape (batch,), as numbers."""
@@ -28,19 +38,21 @@ class Source:
 
     Attributes:
         label: column of the labels.
-        positive: the value of it that is 1.
+        values: the values of it that are 0 and 1.
         groups: sensitive columns, each with the value that makes a row a member of the group.
         where: the original file is to be had.
         prepare: the rows and columns to use, of those that the file has.
         categorical: columns that are categories though they are numbers.
+        names: of the columns, where the original file has no line of names.
     """
 
     label: str
-    positive: object
+    values: tuple[object, object]
     groups: dict[str, object]
     where: str
     prepare: Callable[[pd.DataFrame], pd.DataFrame]
     categorical: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 def _compas(frame: pd.DataFrame) -> pd.DataFrame:
@@ -55,13 +67,29 @@ def _compas(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(length_of_stay=np.floor(stay.dt.total_seconds() / 3600))
 
 
+CREDIT = (
+    *("LIMIT_BAL", "SEX", "EDUCATION", "MARRIAGE", "AGE", "PAY_0"),
+    *(f"PAY_{month}" for month in range(2, 7)),
+    *(f"BILL_AMT{month}" for month in range(1, 7)),
+    *(f"PAY_AMT{month}" for month in range(1, 7)),
+    "default",
+)
+"""What archives call X1 to X23 and Y."""
+
+
 def _credit(frame: pd.DataFrame) -> pd.DataFrame:
-    """UCI's spreadsheet saved as CSV, whose second line may have the names, below a line of X1, X2 and so on."""
+    """UCI's spreadsheet, whose second line may have the names, below a line of X1, X2 and so on, or none."""
     if "SEX" not in frame.columns:
-        check_names("path", ["X1"], frame)
-        frame = frame.set_axis(frame.iloc[0].astype(str).tolist(), axis=1).iloc[1:].apply(pd.to_numeric)
+        frame = frame.rename(columns=lambda name: name.upper())
+        check_names("path", ["X2"], frame)
+        if (frame["X2"] == "SEX").any():
+            frame = frame.set_axis(frame.iloc[0].astype(str).tolist(), axis=1).iloc[1:].apply(pd.to_numeric)
+        else:
+            archived = [*(f"X{i}" for i in range(1, 24)), "Y"]
+            check_names("path", archived, frame)
+            frame = frame.rename(columns=dict(zip(archived, CREDIT, strict=True)))
     frame = frame.rename(columns={"default payment next month": "default", "default.payment.next.month": "default"})
-    return frame.drop(columns=[name for name in ("ID",) if name in frame.columns])
+    return frame.drop(columns=[name for name in frame.columns if name.upper() == "ID"])
 
 
 ADULT = (
@@ -71,32 +99,36 @@ ADULT = (
 
 
 def _adult(frame: pd.DataFrame) -> pd.DataFrame:
-    """UCI's file, which has no line of names: what was taken for one is a row."""
-    if "income" not in frame.columns:
-        first = pd.DataFrame([frame.columns.tolist()], columns=list(ADULT))
-        frame = pd.concat([first, frame.set_axis(list(ADULT), axis=1)], ignore_index=True)
-        for name in ("age", "fnlwgt", "education-num", "capital-gain", "capital-loss", "hours-per-week"):
-            frame[name] = pd.to_numeric(frame[name])
-    return frame.assign(income=frame["income"].str.rstrip("."))  # adult.test ends the labels so
+    """UCI's file; OpenML calls the label class, and the labels of adult.test end in a full stop."""
+    frame = frame.rename(columns={"class": "income"})
+    check_names("path", ["income"], frame)
+    return frame.assign(income=frame["income"].astype(object).str.rstrip("."))
 
 
 SOURCES = {
     "compas": Source(
         "two_year_recid",
-        1,
+        (0, 1),
         {"sex": "Female", "race": "African-American"},
         "compas-scores-two-years.csv of github.com/propublica/compas-analysis",
         _compas,
     ),
     "credit": Source(
         "default",
-        1,
+        (0, 1),
         {"SEX": 2},
         'UCI\'s "default of credit card clients", saved as CSV',
         _credit,
         ("SEX", "EDUCATION", "MARRIAGE"),
     ),
-    "adult": Source("income", ">50K", {"sex": "Female", "race": "Black"}, "adult.data of UCI's Adult data set", _adult),
+    "adult": Source(
+        "income",
+        ("<=50K", ">50K"),
+        {"sex": "Female", "race": "Black"},
+        "adult.data of UCI's Adult data set",
+        _adult,
+        names=ADULT,
+    ),
 }
 
 
@@ -153,18 +185,30 @@ class Fairness(Problem):
         if batch_size < 1 or sharpness <= 0 or any(width < 1 for width in hidden):
             raise RequestError(f"batch_size {batch_size}, sharpness {sharpness} and hidden {hidden} must be positive")
         source = SOURCES[data]
-        frame = source.prepare(read_columns(data_file(path, f"give {source.where}"))).reset_index(drop=True)
+        file = read_columns(data_file(path, f"give {source.where}"), source.names)
+        frame = source.prepare(file.dropna(how="all"))
         sensitive = sensitive or next(iter(source.groups))
         if sensitive not in source.groups:
             raise RequestError(f"sensitive is {sensitive!r}, and must be one of: {', '.join(source.groups)}")
-        check_names("path", [source.label, sensitive], frame)
-        labels = (frame[source.label] == source.positive).to_numpy()
+        columns = [name for name in frame.columns if name not in (source.label, sensitive)]
+        check_names("path", [source.label, sensitive, *columns], frame)
+        check_inputs(frame, columns, source.categorical)
+        frame, notices = usable_rows(frame, [source.label])
+        if (known := frame[sensitive].notna()).sum() < len(frame):
+            notices.append(f"{(~known).sum()} of {len(frame)} rows are without {sensitive}, and were dropped")
+            frame = frame[known].reset_index(drop=True)
+        if other := [value for value in frame[source.label].unique().tolist() if value not in source.values]:
+            raise RequestError(
+                f"path {path}: {source.label} is {other[0]!r}, and must be {source.values[0]} or {source.values[1]}"
+            )
+        labels = (frame[source.label] == source.values[1]).to_numpy()
         members = (frame[sensitive] == source.groups[sensitive]).to_numpy()
         if not (0 < labels.sum() < len(frame) and 0 < members.sum() < len(frame)):
             raise RequestError(f"path {path}: {source.label} or {sensitive} has one value only; is it {source.where}?")
         rows = split_rows(len(frame), validation, test, data_seed)
-        columns = [name for name in frame.columns if name not in (source.label, sensitive)]
         encoded = Inputs(frame.iloc[rows["train"]], columns, [name for name in source.categorical if name in columns])
+        far = told("inputs: numbers far outside of all training rows count as missing", encoded.far(frame))
+        self.notices = [*notices, *encoded.notices, *([far] if far else [])]
         self.splits: dict[str, Rows] = {}
         for name, held in rows.items():
             arrays = (encoded.apply(frame.iloc[held]), labels[held], members[held])
@@ -176,6 +220,7 @@ class Fairness(Problem):
         self.reference_point = (2.0, 2.0)
         self.ideal_point = (0.0, 0.0)
         self.inputs = encoded.names
+        self.defaults = cosine_defaults(len(rows["train"]), batch_size, epochs=50, lr=1e-3)
         self._widths, self._batch_size = (len(encoded.names), *hidden), batch_size
         self._measure, self._sharpness, self._per_group = measure, sharpness, per_group
 

@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -55,6 +55,12 @@ class OverlaidDigits(Problem):
     # Just worse than ln 10 = 2.30, the loss of a model that knows nothing.
     reference_point = (2.5, 2.5)
     ideal_point = (0.0, 0.0)
+    defaults: Mapping[str, Any] = {
+        "train": {
+            "optimizer": {"name": "Adam", "lr": 0.01},
+            "lr_schedule": {"name": "CosineAnnealingLR", "T_max": "steps"},
+        }
+    }
 
     def __init__(
         self,

@@ -14,6 +14,9 @@ STEEPEST_ROOT = 50.0
 """The largest slope that `Zdt1` reports for sqrt(x1), reached at x1 = 1e-4."""
 
 
+_DEFAULTS = {"train": {"optimizer": {"name": "Adam", "lr": 0.01}}}
+
+
 class Vlmop2(VectorProblem):
     """VLMOP2, of Van Veldhuizen and Lamont (1999), after Fonseca and Fleming (1995); a concave front.
 
@@ -30,6 +33,7 @@ class Vlmop2(VectorProblem):
     objectives = ("f1", "f2")
     reference_point = (1.2, 1.2)
     ideal_point = (0.0, 0.0)
+    defaults = _DEFAULTS
     bounds = (-2.0, 2.0)
 
     def __init__(self, variables: int = 10) -> None:
@@ -56,6 +60,7 @@ class _Zdt(VectorProblem):
     objectives = ("f1", "f2")
     reference_point = (1.2, 1.2)
     ideal_point = (0.0, 0.0)
+    defaults = _DEFAULTS
     bounds = (0.0, 1.0)
 
     def __init__(self, variables: int = 30) -> None:
@@ -126,6 +131,7 @@ class Dtlz2(VectorProblem):
         self.objectives = tuple(f"f{i + 1}" for i in range(objectives))
         self.reference_point = (1.2,) * objectives
         self.ideal_point = (0.0,) * objectives
+        self.defaults = _DEFAULTS
         self.variables = objectives + k - 1
 
     def values(self, x: Tensor) -> Tensor:

@@ -13,7 +13,21 @@ from torch import Tensor, nn
 from popmtl.errors import RequestError
 from popmtl.method.problem import Problem, Split
 from popmtl.models.perceptron import perceptron
-from popmtl.problems.columns import Inputs, Scale, check_names, data_file, read_columns, split_rows, without_outliers
+from popmtl.problems.columns import (
+    Inputs,
+    Scale,
+    check_inputs,
+    check_names,
+    cosine_defaults,
+    data_file,
+    is_far,
+    is_number,
+    split_rows,
+    told,
+    usable_rows,
+    without_outliers,
+)
+from popmtl.problems.table_files import read_columns
 
 Rows = tuple[Tensor, Tensor]
 """Inputs, shape (batch, inputs), and standardized targets, (batch, m), NaN where missing."""
@@ -23,11 +37,15 @@ class Table(Problem):
     """Predicts several columns of a table from others, by one multilayer perceptron with an output for each.
 
     An objective is the mean squared error of a target, in standard deviations of the training rows: 1 is what their
-    mean would get there. Rows without a value for a target count for the other targets. Whatever is fitted to the data,
-    scales and categories, is fitted to the training rows.
+    mean would get there. Rows without a value for a target count for the other targets; those without any target are
+    dropped. Infinite numbers are missing ones. Whatever is fitted to the data, scales and categories, is fitted to the
+    training rows.
+
+    Defaults are 30 epochs of Adam at 0.01 with a cosine: they come closest to gradient boosting on tables of 100 to
+    9,000 rows; more epochs overfit the small ones.
 
     Args:
-        path: a CSV, ARFF or Parquet file.
+        path: a CSV, ARFF, Parquet or .xlsx file; see `read_columns`.
         targets: the m columns to predict, two or more.
         inputs: the columns to predict from; None takes all others.
         categorical: input columns that are categories though they are numbers.
@@ -39,6 +57,10 @@ class Table(Problem):
         validation: share of the rows that validate.
         test: share of the rows that test.
         data_seed: decides which rows are in which split.
+        sheet: of a spreadsheet, if it has several.
+
+    Attributes:
+        scale: of the targets.
 
     Raises:
         RequestError: the file, or a column, is not there, or cannot be used; the message names it.
@@ -58,34 +80,63 @@ class Table(Problem):
         validation: float = 0.1,
         test: float = 0.2,
         data_seed: int = 0,
+        sheet: str | None = None,
     ) -> None:
         if not isinstance(targets, list | tuple) or len(targets) < 2:
             raise RequestError(f"targets: {targets!r} must be a list of two or more columns")
+        for key, value in (("inputs", inputs), ("categorical", categorical)):
+            if isinstance(value, str):
+                raise RequestError(f"{key}: {value!r} must be a list of columns")
         if batch_size < 1 or any(width < 1 for width in hidden):
             raise RequestError(f"batch_size {batch_size!r} and hidden {hidden!r} must be at least 1")
         if outliers is not None and not outliers > 0:
             raise RequestError(
                 f"outliers is {outliers!r}, and must be a number of interquartile ranges above 0, or null"
             )
-        frame = read_columns(data_file(path, "give the CSV, ARFF or Parquet file of the table"))
-        frame.columns = frame.columns.map(str)
+        file = data_file(path, "give the CSV, ARFF, Parquet or .xlsx file of the table")
+        frame = read_columns(file, sheet=sheet)
+        targets, categorical = [str(name) for name in targets], [str(name) for name in categorical]
         check_names("targets", targets, frame)
-        if inputs is None:
-            inputs = [name for name in frame.columns if name not in targets]
-        check_names("inputs", [*inputs, *categorical], frame)
+        inputs = [name for name in frame.columns if name not in targets] if inputs is None else [*map(str, inputs)]
+        check_names("inputs", inputs, frame)
+        check_names("categorical", categorical, frame)
         if both := [name for name in inputs if name in targets]:
             raise RequestError(f"inputs: {both[0]!r} is a target too")
+        if unused := [name for name in categorical if name not in inputs]:
+            raise RequestError(f"categorical: {unused[0]!r} is no input")
+        frame = frame[[*inputs, *targets]]
+        frame = frame.assign(**frame[targets].apply(_numbers))
+        check_inputs(frame, inputs, categorical)
+        frame, notices = usable_rows(frame, targets)
         rows = split_rows(len(frame), validation, test, data_seed)
-        frame = frame.assign(**frame[list(targets)].apply(_numbers))
         if outliers is not None:
             measured = [name for name in (*inputs, *targets) if name not in categorical]
             frame = without_outliers(frame, rows["train"], measured, outliers)
         encoded = Inputs(frame.iloc[rows["train"]], inputs, categorical)
-        wanted = frame[list(targets)].to_numpy(np.float64)
-        try:
-            self.scale = Scale.of(wanted[rows["train"]])
-        except ValueError as error:
-            raise RequestError(f"targets: {targets[error.args[0]]!r} has no value among the training rows") from error
+        wanted = frame[targets].to_numpy(np.float64)
+        for name, held in rows.items():
+            if absent := [
+                target for target, found in zip(targets, wanted[held].T, strict=True) if np.isnan(found).all()
+            ]:
+                called = "training" if name == "train" else name
+                raise RequestError(f"targets: {absent[0]!r} has no value among the {called} rows")
+        self.scale = Scale.of(wanted[rows["train"]])
+        if not self.scale.varies.all():
+            constant = targets[int(np.flatnonzero(~self.scale.varies)[0])]
+            raise RequestError(f"targets: {constant!r} does not vary in the training rows: there is nothing to predict")
+        low, high = np.nanmin(wanted[rows["train"]], axis=0), np.nanmax(wanted[rows["train"]], axis=0)
+        far = dict(zip(targets, is_far(wanted, low, high).sum(0).tolist(), strict=True))
+        self.notices = [
+            *notices,
+            *encoded.notices,
+            *filter(
+                None,
+                (
+                    told("inputs: numbers far outside of all training rows count as missing", encoded.far(frame)),
+                    told("targets: numbers far outside of all training rows decide the errors; see outliers", far),
+                ),
+            ),
+        ]
         scaled = self.scale.apply(wanted)
         self.splits = {
             name: (torch.from_numpy(encoded.apply(frame.iloc[held])), torch.from_numpy(scaled[held]).float())
@@ -95,6 +146,7 @@ class Table(Problem):
         self.metrics = {f"mae/{name}": "lower" for name in targets}
         self.ideal_point = (0.0,) * len(targets)
         self.reference_point = (1.5,) * len(targets)
+        self.defaults = cosine_defaults(len(rows["train"]), batch_size, epochs=30, lr=0.01)
         self._widths, self._batch_size = (len(encoded.names), *hidden), batch_size
 
     def model(self) -> nn.Module:
@@ -159,7 +211,17 @@ def _mean(values: Tensor, targets: Tensor) -> Tensor:
 
 
 def _numbers(column: pd.Series) -> pd.Series:
+    """A target as numbers, also where the file has them as categories.
+
+    Raises:
+        RequestError: it is not all numbers.
+    """
+    there = column.dropna()
     try:
-        return pd.to_numeric(column)
+        if not is_number(column):
+            if not there.map(lambda value: isinstance(value, str)).all():
+                raise ValueError(f"it has {there.iloc[0]!r}")
+            column = pd.to_numeric(column.astype(object))
+        return column.astype(np.float64)
     except (ValueError, TypeError) as error:
         raise RequestError(f"targets: {column.name!r} is not a column of numbers: {error}") from error

@@ -9,6 +9,7 @@ from popmtl.errors import RequestError
 from popmtl.method.delta_m import tasks_of
 from popmtl.runs.choice import finished_front
 from popmtl.runs.folder import RunFolder
+from popmtl.runs.front import Split
 
 SINGLE_TASK = "single_task"
 
@@ -16,15 +17,17 @@ DELTA_M = ("delta_m/tasks", "delta_m/metrics")
 """Names of the figures in percent, less is better."""
 
 
+SingleTask = Mapping[Split, Mapping[str, float]]
+"""Figures of single-task models by split, and name."""
+
+
 def baseline_name(run: str) -> str:
     """The name of the run that trains a run's single-task models."""
     return f"{run}-{SINGLE_TASK}"
 
 
-def single_task_figures(
-    folder: RunFolder, objectives: Sequence[str], tasks: Mapping[str, Sequence[str]]
-) -> dict[str, float]:
-    """The figures of each task, by name, of the model that was trained for it alone, on the test split.
+def single_task_figures(folder: RunFolder, objectives: Sequence[str], tasks: Mapping[str, Sequence[str]]) -> SingleTask:
+    """The figures of each task of the model that was trained for it alone, on the splits that it has them on.
 
     Args:
         folder: of a finished run whose members include one of weight 1 for each objective.
@@ -40,14 +43,19 @@ def single_task_figures(
             f"baseline {folder.location}: its objectives are {', '.join(front.objectives)}, and not "
             f"{', '.join(objectives)}"
         )
-    figures = {}
+    splits: Sequence[Split] = ("test", "validation") if front.chosen_on == "validation" else ("test",)
+    figures: dict[Split, dict[str, float]] = {split: {} for split in splits}
     for j, (task, names) in enumerate(tasks_of(objectives, tasks).items()):
         members = [one for one in front.members if one.weights[j] == 1 and one.lost is None]
         if not members:
             raise RequestError(f"baseline {folder.location}: has no model that was trained for {task} alone")
-        known = dict(zip(front.objectives, members[0].objectives, strict=True)) | dict(members[0].metrics)
-        for name in names:
-            if not math.isfinite(known.get(name, math.nan)):
-                raise RequestError(f"baseline {folder.location}: its model of {task} has no figure {name!r}")
-            figures[name] = known[name]
+        for split in splits:
+            of_split = front.figures(members[0], split)
+            known = dict(zip(front.objectives, of_split.objectives, strict=True)) | dict(of_split.metrics)
+            for name in names:
+                if not math.isfinite(known.get(name, math.nan)):
+                    raise RequestError(
+                        f"baseline {folder.location}: its model of {task} has no figure {name!r} on the {split} split"
+                    )
+                figures[split][name] = known[name]
     return figures

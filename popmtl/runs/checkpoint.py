@@ -21,7 +21,7 @@ from popmtl.method.front import Hypervolume
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.storage import PART_BYTES, said
 
-VERSION = 2
+VERSION = 3
 MANIFEST, COURSE = "manifest.json", "course.json"
 
 
@@ -161,7 +161,10 @@ def last_whole(
             complain(f"{where} is not a course of PopMTL")
             continue
         if version != VERSION:
-            complain(f"{where} is of version {version}, which this PopMTL does not read")
+            complain(
+                f"{where} is of version {version}, and this PopMTL reads version {VERSION}: it keeps other things of "
+                "optimizers and data; finish the run by the PopMTL that began it, or train anew"
+            )
             continue
         return checkpoint, course
     return None

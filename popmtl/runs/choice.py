@@ -1,4 +1,7 @@
-"""Choosing one model of a finished run's Pareto set."""
+"""Choosing one model of a finished run's Pareto set, by the figures on the validation split.
+
+The test split only reports: what is chosen by it has no figure left that is untouched.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from numpy.typing import NDArray
 from popmtl.errors import RequestError, nearest
 from popmtl.method.front import knee, non_dominated, pick
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import LAST, Front, Member
+from popmtl.runs.front import LAST, Front, Member, Split
 
 CONSTRAINT = re.compile(r"\s*(.+?)\s*(>=|<=|>|<)\s*([^<>=]+?)\s*")
 COMPARE = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
@@ -63,10 +66,21 @@ def finished_front(folder: RunFolder, place: str = LAST) -> Front:
         raise RequestError(f"{where} is damaged: {type(error).__name__}: {error}") from error
 
 
-def objective_values(front: Front) -> NDArray[np.float64]:
-    """The members' objective values, shape (N, m); NaN for a member that was lost."""
-    rows = [[np.nan] * len(front.objectives) if member.lost else member.objectives for member in front.members]
+def objective_values(front: Front, split: Split | None = None) -> NDArray[np.float64]:
+    """The members' objective values, shape (N, m); NaN for a member that was lost.
+
+    They are those on a split, by default on the one by which members are chosen.
+    """
+    lost = [np.nan] * len(front.objectives)
+    rows = [lost if member.lost else front.figures(member, split).objectives for member in front.members]
     return np.array(rows, dtype=np.float64).reshape(len(rows), len(front.objectives))
+
+
+def chosen_on_test(front: Front) -> str | None:
+    """What is to be said where choices cannot be made on the validation split."""
+    if front.chosen_on == "validation":
+        return None
+    return "front.json has no validation figures: members are compared and chosen on the test split"
 
 
 def knee_of(front: Front) -> Member | None:
@@ -85,8 +99,9 @@ def choose(
 ) -> Choice:
     """Chooses a member: by one of preference, knee and best; by equal preference if none is given.
 
-    It is one of the members that satisfy the constraints; a dominated one only if no other does. The objectives are
-    scaled by the whole front, so that a constraint which the chosen member satisfies anyway changes nothing.
+    All figures are those on the validation split, or on `Front.chosen_on`. The choice is one of the members that
+    satisfy the constraints; a dominated one only if no other does. The objectives are scaled by the whole front, so
+    that a constraint which the chosen member satisfies anyway changes nothing.
 
     Args:
         front: the Pareto set.
@@ -132,10 +147,17 @@ def choose(
 
 
 def described(folder: RunFolder, front: Front, choice: Choice) -> dict[str, Any]:
-    """A choice as plain data: the member, how it was chosen, where its weights are, and the code that loads it."""
+    """A choice as plain data: the member, how it was chosen, where its weights are, and the code that loads it.
+
+    Objectives and metrics are, as in front.json, those on the test split, beside which stand those on validation.
+    """
     member = choice.member
     wanted = f"{json.dumps(folder.location, ensure_ascii=False)}, {member.subproblem}"
     wanted += ", best=True" if front.best else ""
+    validation = None
+    if member.validation:
+        values = zip(front.objectives, member.validation.objectives, strict=True)
+        validation = {"objectives": dict(values), "metrics": dict(member.validation.metrics)}
     return {
         "run": folder.name,
         "location": folder.location,
@@ -146,12 +168,22 @@ def described(folder: RunFolder, front: Front, choice: Choice) -> dict[str, Any]
         "weights": dict(zip(front.objectives, member.weights, strict=True)),
         "objectives": dict(zip(front.objectives, member.objectives, strict=True)),
         "metrics": dict(member.metrics),
+        "validation": validation,
+        "chosen_on": front.chosen_on,
         "stage": member.stage,
         "file": folder.files.where(f"{front.place}/{member.model}"),
         "load": [
             "from popmtl.runs.results import load_model",
             f"model = load_model({wanted})",
         ],
+    }
+
+
+def figures_of(choice: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    """The figures of a choice, from `described`, by split: objectives and metrics; None where there are none."""
+    return {
+        "validation": choice["validation"],
+        "test": {"objectives": choice["objectives"], "metrics": choice["metrics"]},
     }
 
 
@@ -198,11 +230,14 @@ def _values(front: Front, name: str, option: str) -> NDArray[np.float64]:
     """An objective's or a metric's values, shape (N,); NaN where a member has none."""
     if name in front.objectives:
         return objective_values(front)[:, list(front.objectives).index(name)]
-    metrics = dict.fromkeys(metric for member in front.members for metric in member.metrics)
+    figures = [front.figures(member).metrics for member in front.members]
+    metrics = dict.fromkeys(metric for of_member in figures for metric in of_member)
     if name not in metrics:
+        if any(name in member.metrics for member in front.members):
+            raise RequestError(f"{option}: {name} is known on the test split only, and choices are made on validation")
         known = [*front.objectives, *metrics]
         raise RequestError(f"{option}: there are {', '.join(known)}, and no {name!r}{nearest(name, known)}")
-    return np.array([member.metrics.get(name, np.nan) for member in front.members], dtype=np.float64)
+    return np.array([of_member.get(name, np.nan) for of_member in figures], dtype=np.float64)
 
 
 def _direction(front: Front, name: str) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 
-from popmtl.method.front import AUGMENTATION
+import numpy as np
+
+from popmtl.method.front import AUGMENTATION, measured_hypervolume
 from popmtl.runs.files import to_json
 from popmtl.runs.front import Front
 
@@ -34,7 +36,8 @@ class Loading:
 def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | None]], loading: Loading) -> str:
     """The page as HTML, which needs no network and no other file.
 
-    It chooses as `popmtl.method.front.pick` and `knee` do.
+    It chooses as `popmtl.method.front.pick` and `knee` do, by the figures on the split of `Front.chosen_on`. Those on
+    the test split, where they are others, stand beside.
 
     Args:
         front: the Pareto set.
@@ -43,29 +46,38 @@ def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | N
             many, evenly spaced ones are drawn.
         loading: what the code that the page shows refers to.
     """
-    names = list(dict.fromkeys([*front.metrics, *(name for member in front.members for name in member.metrics)]))
+    figures = [front.figures(member) for member in front.members]
+    reports = [front.figures(member, "test") for member in front.members]
+    named = (name for of_member in (*figures, *reports) for name in of_member.metrics)
+    names = list(dict.fromkeys([*front.metrics, *named]))
+    F = np.array([of_member.objectives for of_member in figures], dtype=np.float64).reshape(-1, len(front.objectives))
+    volume = measured_hypervolume(F, front.reference_point) if front.chosen_on != "test" else front.volume
     data = {
         "title": title,
         "objectives": front.objectives,
         "metrics": [{"name": name, "better": front.metrics.get(name)} for name in names],
         "reference": front.reference_point,
-        "hypervolume": front.hypervolume,
-        "hypervolumeError": front.hypervolume_error,
+        "split": front.chosen_on,
+        "hypervolume": volume.value,
+        "hypervolumeError": volume.error,
+        "test_hypervolume": front.hypervolume,
+        "testHypervolumeError": front.hypervolume_error,
         "steps": front.steps,
         "augmentation": AUGMENTATION,
         "members": [
             {
                 "subproblem": member.subproblem,
                 "weights": member.weights,
-                "objectives": member.objectives,
-                "metrics": [member.metrics.get(name) for name in names],
+                "objectives": chosen_by.objectives,
+                "metrics": [chosen_by.metrics.get(name) for name in names],
+                "test": [] if front.chosen_on == "test" else [*report.objectives, *map(report.metrics.get, names)],
                 "stage": member.stage,
                 "best": member.non_dominated,
                 "kept": member.model is not None,
                 "reseeds": member.reseeds,
                 "lost": member.lost,
             }
-            for member in front.members
+            for member, chosen_by, report in zip(front.members, figures, reports, strict=True)
         ],
         "history": _thinned(history),
         "run": loading.run,

@@ -14,7 +14,7 @@ from uuid import uuid4
 import popmtl
 from popmtl.errors import RequestError, RunError
 from popmtl.method.front import ideal_point, non_dominated
-from popmtl.runs.choice import Choice, described, in_words, objective_values
+from popmtl.runs.choice import Choice, described, figures_of, in_words, objective_values
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
@@ -170,12 +170,22 @@ def _readme(card: Mapping[str, Any], front: Front) -> str:
     front_values = F[non_dominated(F)]
     ideal = ideal_point(F)
     dominated = ", ".join(str(number) for number in card["dominated_by"])
+    splits = {split: figures for split, figures in figures_of(card).items() if figures}
     places = []
-    for k, (name, value) in enumerate(card["objectives"].items()):
+    for k, (name, value) in enumerate(splits[front.chosen_on]["objectives"].items()):
         rank = 1 + int((front_values[:, k] < value).sum())
-        figures = [f"{number:.6g}" for number in (value, ideal[k], value - ideal[k], card["weights"][name])]
-        places.append([name, *figures[:1], f"{rank} of {len(front_values)}", *figures[1:]])
-    metrics = [[name, f"{value:.6g}", front.metrics.get(name, "")] for name, value in card["metrics"].items()]
+        values = [figures["objectives"][name] for figures in splits.values()]
+        figures = [f"{number:.6g}" for number in (*values, ideal[k], value - ideal[k], card["weights"][name])]
+        places.append([name, *figures[:-3], f"{rank} of {len(front_values)}", *figures[-3:]])
+    names = dict.fromkeys(name for figures in splits.values() for name in figures["metrics"])
+    metrics = [
+        [
+            name,
+            *(f"{figures['metrics'][name]:.6g}" if name in figures["metrics"] else "" for figures in splits.values()),
+            front.metrics.get(name, ""),
+        ]
+        for name in names
+    ]
     problem, program = card["problem"], card["program"]
     facts = [
         ["run", f"{card['run']}, {card['location']}"],
@@ -194,12 +204,12 @@ def _readme(card: Mapping[str, Any], front: Front) -> str:
         parts.append(f"It is dominated by {dominated}: as good in every objective, and better in one.")
     parts += [
         "## Its place in the front",
-        f"All objectives are minimized; values are of the test split. {len(front_values)} of {len(front.members)} "
-        "models are non-dominated; rank and best value are among these.",
-        _markdown(["objective", "value", "rank", "best", "distance to the best", "weight in training"], places),
+        f"All objectives are minimized. {len(front_values)} of {len(front.members)} models are non-dominated on the "
+        f"{front.chosen_on} split, by which this one was chosen; rank and best value are among these, on that split.",
+        _markdown(["objective", *splits, "rank", "best", "distance to the best", "weight in training"], places),
     ]
     if metrics:
-        parts.append(_markdown(["metric", "value", "better"], metrics))
+        parts.append(_markdown(["metric", *splits, "better"], metrics))
     parts.append("## Use, in this folder")
     if program:
         shape = ", ".join(str(size) for size in program["input"])

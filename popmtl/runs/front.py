@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from popmtl.method.front import Hypervolume
 from popmtl.runs.files import to_json
@@ -22,6 +22,17 @@ PLACES = {"last": LAST, "best": BEST}
 Stage = Literal["mtgd", "aligned_mtl"]
 
 
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A member's m objective values on one split, NaN where the model diverged, and further figures by name."""
+
+    objectives: Sequence[float]
+    metrics: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Member:
     """One model of the Pareto set.
@@ -29,13 +40,14 @@ class Member:
     Attributes:
         subproblem: the number of the subproblem that it solves, from 0.
         weights: the subproblem's weight vector, m numbers.
-        objectives: the m objective values; NaN where the model diverged.
-        metrics: further figures by name.
+        objectives: the m objective values on the test split; NaN where the model diverged.
+        metrics: further figures by name, on the test split.
         stage: the stage that the model was kept from.
-        non_dominated: whether no other member dominates it.
+        non_dominated: whether no other member dominates it, on the split of `Front.chosen_on`.
         model: its weights' file, relative to the folder of front.json; None if it was lost.
         reseeds: how often it started again from its neighbours.
         lost: why it left the population for good; None of a member that was trained to the end.
+        validation: the figures on the validation split; None in a front.json of a PopMTL that did not write them.
     """
 
     subproblem: int
@@ -47,6 +59,7 @@ class Member:
     model: str | None
     reseeds: int = 0
     lost: str | None = None
+    validation: Figures | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,8 @@ class Front:
     Attributes:
         objectives: the m names.
         reference_point: where the hypervolume is measured from, m numbers.
-        hypervolume: of the members' objective values; an estimate where `hypervolume_error` is a number.
+        hypervolume: of the members' objective values on the test split; an estimate where `hypervolume_error` is a
+            number.
         seed: the run's seed.
         steps: training steps that each member took.
         members: all members, dominated ones too, by subproblem.
@@ -88,6 +102,17 @@ class Front:
         """The hypervolume, to be shown: an estimate says that it is one."""
         return Hypervolume(self.hypervolume, self.hypervolume_error)
 
+    @property
+    def chosen_on(self) -> Split:
+        """The split by which members are compared and chosen: validation; test where its figures are all there is."""
+        return "test" if any(member.validation is None for member in self.members) else "validation"
+
+    def figures(self, member: Member, split: Split | None = None) -> Figures:
+        """A member's figures on a split, by default on the one by which members are chosen."""
+        if (split or self.chosen_on) == "validation" and member.validation is not None:
+            return member.validation
+        return Figures(member.objectives, member.metrics)
+
     def to_json(self) -> str:
         """The content of front.json; a value that is not finite is null."""
         return to_json(asdict(self), indent=2) + "\n"
@@ -111,13 +136,13 @@ class Front:
                 Member(
                     subproblem=member["subproblem"],
                     weights=_floats(member["weights"]),
-                    objectives=_floats(member["objectives"]),
-                    metrics={name: _float(value) for name, value in member["metrics"].items()},
+                    **vars(_figures(member)),
                     stage=member["stage"],
                     non_dominated=member["non_dominated"],
                     model=member["model"],
                     reseeds=member.get("reseeds", 0),
                     lost=member.get("lost"),
+                    validation=_figures(member["validation"]) if member.get("validation") else None,
                 )
                 for member in content["members"]
             ],
@@ -126,6 +151,10 @@ class Front:
             hypervolume_error=content.get("hypervolume_error"),
             best=content.get("best", False),
         )
+
+
+def _figures(content: Mapping[str, Any]) -> Figures:
+    return Figures(_floats(content["objectives"]), {name: _float(value) for name, value in content["metrics"].items()})
 
 
 def _float(value: float | None) -> float:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from popmtl.method.front import measured_hypervolume
 from popmtl.runs.front import Front
 
 Points = NDArray[np.float64]
@@ -34,7 +35,7 @@ CHARACTER = (10, 15)
 
 
 def draw_front(front: Front, file: Path | BinaryIO) -> None:
-    """Draws the Pareto set to a PNG file of 1200 × 900 pixels.
+    """Draws the Pareto set, on the split by which members are chosen, to a PNG file of 1200 × 900 pixels.
 
     Two objectives: the members, the staircase of the non-dominated ones and the area up to the reference point that
     the hypervolume measures. Otherwise: parallel coordinates, each objective scaled to the range of the non-dominated
@@ -47,7 +48,8 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
     figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    F = np.array([member.objectives for member in front.members], dtype=np.float64)
+    split = front.chosen_on
+    F = np.array([front.figures(member).objectives for member in front.members], dtype=np.float64)
     F = F.reshape(len(front.members), len(front.objectives))
     drawable = np.isfinite(F).all(axis=1)
     best = np.array([member.non_dominated for member in front.members], dtype=bool) & drawable
@@ -62,8 +64,10 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
         figure.colorbar(weights, ax=axes, label=f"weight of {front.objectives[0]}", shrink=0.7, pad=0.02)
     else:
         axes.set_axis_off()
+    volume = measured_hypervolume(F, front.reference_point) if split == "validation" else front.volume
+    test = f" (test: {front.volume:.4g})" if split == "validation" else ""
     axes.set_title(
-        f"{best.sum()} of {len(front.members)} members non-dominated, hypervolume {front.volume:.4g}",
+        f"{split} split: {best.sum()} of {len(front.members)} members non-dominated, hypervolume {volume:.4g}{test}",
         loc="left",
         fontsize=11,
         pad=8 + 13 * len(notes),
@@ -84,15 +88,15 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
 def draw_fronts(
     names: Sequence[str], objectives: Sequence[str], fronts: Sequence[Points], file: Path | BinaryIO
 ) -> None:
-    """Draws fronts over each other to a PNG file of 1200 × 900 pixels, each in a colour and with a marker of its own.
+    """Draws the fronts of a comparison over each other to a PNG file of 1200 × 900 pixels.
 
-    Two objectives: the points and their staircase. Otherwise: parallel coordinates, each objective scaled to the range
-    of all fronts together.
+    Each has a colour and a marker of its own. Two objectives: the points and their staircase. Otherwise: parallel
+    coordinates, each objective scaled to the range of all fronts together.
 
     Args:
         names: of the fronts, for the legend.
         objectives: the m names.
-        fronts: the points of each, shape (K, m) with a K of its own.
+        fronts: the points of each on the test split, shape (K, m) with a K of its own.
         file: where to write.
 
     Raises:
@@ -122,11 +126,11 @@ def draw_fronts(
             for row in heights:
                 axes.plot(columns, row, alpha=0.8, **style)
     if len(objectives) == 2:
-        axes.set_xlabel(objectives[0])
-        axes.set_ylabel(objectives[1])
+        axes.set_xlabel(f"{objectives[0]}, test")
+        axes.set_ylabel(f"{objectives[1]}, test")
     else:
         axes.set_xticks(columns, list(objectives), rotation=90 if len(objectives) > MOST_LEVEL else 0)
-        axes.set_ylabel("objectives, lower is better, scaled to the range of all fronts")
+        axes.set_ylabel("objectives on the test split, lower is better, scaled to the range of all fronts")
     axes.legend(handles, list(names), loc="best", fontsize=8.5, frameon=False)
     figure.savefig(file, format="png")
 
@@ -174,8 +178,8 @@ def _scatter(
         )
     if shown.any() or reached:
         axes.legend(loc="best", fontsize=8.5, frameon=False)
-    axes.set_xlabel(front.objectives[0])
-    axes.set_ylabel(front.objectives[1])
+    axes.set_xlabel(f"{front.objectives[0]}, {front.chosen_on}")
+    axes.set_ylabel(f"{front.objectives[1]}, {front.chosen_on}")
     # Below and left of a non-dominated point there is no other point: that is where its number stands.
     left_out = _label(axes, F[best], numbers[best], (-4, -4), "right", "top", "0.15")
     left_out += _label(axes, F[shown], numbers[shown], (4, 4), "left", "bottom", "0.55")
@@ -222,7 +226,7 @@ def _parallel(
     axes.set_xlim(-0.1 * max(1, len(columns) - 1), columns[-1] + 0.1 * max(1, len(columns) - 1))
     axes.set_ylim(-0.22 if turned else -0.1, top)
     axes.set_yticks([])
-    axes.set_ylabel("objectives, lower is better")
+    axes.set_ylabel(f"objectives on the {front.chosen_on} split, lower is better")
     axes.spines[["top", "right", "left"]].set_visible(False)
     right = np.column_stack([np.full(len(F), columns[-1], dtype=np.float64), heights[:, -1]])
     shown = dominated & (right[:, 1] <= top)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -17,7 +16,7 @@ from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import BEST, LAST, Front
+from popmtl.runs.front import BEST, LAST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
 
@@ -119,7 +118,7 @@ def load_model(
     """
     # Here and not above: reading a front needs no problem.
     from popmtl.method.flat import Layout
-    from popmtl.method.mtgd import initial_model
+    from popmtl.method.replica import initial_constants, initial_model, load_exported, set_constants
     from popmtl.problems.registry import load_problem
 
     folder = RunFolder(run_folder)
@@ -142,13 +141,20 @@ def load_model(
         state = load_state(path)
     try:
         if checkpoint:
-            model = initial_model(problem, config["seed"], torch.float32)  # what is not trained is in no checkpoint
+            model = initial_model(
+                problem, config["seed"], state["row"].dtype
+            )  # what is not trained is in no checkpoint
             buffers = {key.partition("/")[2]: value for key, value in state.items() if key.startswith("buffers/")}
-            views = Layout.of(model, problem.transfers).views(state["row"])
-            model.load_state_dict({**model.state_dict(), **views, **buffers})
+            layout = Layout.of(model, problem.transfers)
+            if state["row"].shape != (layout.size,):
+                raise RuntimeError(f"it has {len(state['row'])} parameters, and the model {layout.size}")
+            layout.bind(model, state["row"].clone())
+            for name, value in layout.views(state["row"]).items():
+                model.get_parameter(name).data.copy_(value)
+            set_constants(model, buffers, initial_constants(model, layout.names), layout.names)
         else:
             model = problem.model()
-            model.load_state_dict(state, strict=True)
+            load_exported(model, state)
     except RuntimeError as error:
         raise RequestError(f"{folder.files.where(file)} does not fit the model of problem {name!r}: {error}") from error
     return model.eval()
@@ -156,12 +162,17 @@ def load_model(
 
 def _table(front: Front) -> list[list[Any]]:
     """The rows of front.csv, its header first."""
-    metrics = list(dict.fromkeys(name for member in front.members for name in member.metrics))
+    splits: list[Split] = ["validation", "test"] if front.chosen_on == "validation" else ["test"]
+    figures = {split: [front.figures(member, split) for member in front.members] for split in splits}
+    metrics = {split: list(dict.fromkeys(name for of in figures[split] for name in of.metrics)) for split in splits}
     header = [
         "subproblem",
         *(f"w/{name}" for name in front.objectives),
-        *(f"objective/{name}" for name in front.objectives),
-        *metrics,
+        *(
+            f"{split}/{name}"
+            for split in splits
+            for name in (*(f"objective/{name}" for name in front.objectives), *metrics[split])
+        ),
         "stage",
         "non_dominated",
         "model",
@@ -169,12 +180,15 @@ def _table(front: Front) -> list[list[Any]]:
         "lost",
     ]
     rows: list[list[Any]] = [header]
-    for member in front.members:
-        figures = [*member.weights, *member.objectives, *(member.metrics.get(name, math.nan) for name in metrics)]
+    for i, member in enumerate(front.members):
+        values = [*member.weights]
+        for split in splits:
+            own = figures[split][i]
+            values += [*own.objectives, *(own.metrics.get(name, math.nan) for name in metrics[split])]
         rows.append(
             [
                 member.subproblem,
-                *(float(figure) for figure in figures),
+                *(float(value) for value in values),
                 member.stage,
                 member.non_dominated,
                 member.model,

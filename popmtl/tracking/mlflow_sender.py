@@ -219,6 +219,10 @@ class Sender:
         figures = [*self._hypervolume("", entry), ("front/size", entry["front_size"], step)]
         self._collect(self._parent(), entry, figures)
         self._log_curves("val/loss", self._objectives, {**entry, "steps": [step], "values": [entry["losses"]]})
+        for i, run_id in self._members():
+            # A metric may be undefined where nothing diverged.
+            values = [(f"val/metric/{name}", of[i], step) for name, of in entry.get("metrics", {}).items()]
+            self._collect(run_id, entry, [figure for figure in values if figure[1] is not None])
 
     def _hypervolume(self, prefix: str, entry: Entry) -> list[tuple[str, float | None, int]]:
         """An entry's hypervolume; an estimate with its error, and the run tagged."""
@@ -261,14 +265,19 @@ class Sender:
     def _log_member(self, entry: Entry) -> None:
         i, step = entry["subproblem"], entry["step"]
         run_id, client = self._sent.members[str(i)], self._client()
-        client.set_tag(run_id, "popmtl.nondominated", str(entry["non_dominated"]).lower())
+        for key, value in _standing(entry).items():
+            client.set_tag(run_id, key, value)
         client.set_tag(run_id, "popmtl.stage", entry["stage"])
         if entry["lost"]:
             client.set_tag(run_id, "popmtl.lost", entry["lost"])
-        figures = dict(zip((f"objective/{name}" for name in self._objectives), entry["objectives"], strict=True))
-        # A metric may be undefined where nothing diverged, as is a Δm from 0.
-        metrics = {key: value for key, value in entry["metrics"].items() if value is not None}
-        points = [(key, value, step) for key, value in {**figures, **metrics}.items()]
+        figures: dict[str, float | None] = {}
+        splits = {"": entry, "validation/": entry.get("validation")}
+        for prefix, split in ((prefix, split) for prefix, split in splits.items() if split):
+            names = (f"{prefix}objective/{name}" for name in self._objectives)
+            figures |= zip(names, split["objectives"], strict=True)
+            # A metric may be undefined where nothing diverged, as is a Δm from 0.
+            figures |= {f"{prefix}{name}": value for name, value in split["metrics"].items() if value is not None}
+        points = [(key, value, step) for key, value in figures.items()]
         self._log(run_id, entry, points)
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:
@@ -294,7 +303,7 @@ class Sender:
                 name=_member_name(i),
                 step=entry["step"],
                 save=partial(self._models.save_member, i),
-                tags={"popmtl.nondominated": str(entry["non_dominated"]).lower()},
+                tags=_standing(entry),
                 params=self._member_params(i, entry["weights"]),
                 kind="pareto-member",
             )
@@ -492,6 +501,12 @@ def _cut(value: str, length: int) -> str:
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _standing(member: Entry) -> dict[str, str]:
+    """The tags that say whether a member is non-dominated, and on which split."""
+    split = "validation" if member.get("validation") else "test"
+    return {"popmtl.nondominated": str(member["non_dominated"]).lower(), "popmtl.chosen_on": split}
 
 
 def _member_name(subproblem: int) -> str:

@@ -7,8 +7,9 @@
        │                      artifacts: config.yaml, pareto/{explorer.html,front.json,front.csv,front.png}
        │                      model "front", which chooses; tags: popmtl.event.<n>
        └─ run "member-000"    popmtl.kind=member  params: subproblem, w/<objective>
-                              metrics: train/loss/<objective>, val/loss/<objective>, aligned_mtl/<measure>, at the
-                              end objective/<objective> and the problem's own
+                              metrics: train/loss/<objective>, val/loss/<objective>, val/metric/<metric>,
+                              aligned_mtl/<measure>; at the end, of the test split, objective/<objective> and <metric>,
+                              and of the validation split the same below validation/
                               model "member-000", artifact model/model.safetensors
 
 Every call adds an entry to a journal in the run folder (`outbox`), and one thread sends the journal (`mlflow_sender`):
@@ -173,6 +174,7 @@ class MlflowSink:
         hypervolume: float,
         front_size: int,
         validation: ArrayLike,
+        metrics: Mapping[str, Sequence[float]] | None = None,
         hypervolume_error: float | None = None,
     ) -> None:
         """Logs an evaluation of the whole population; one of a step that is logged already is left out.
@@ -182,11 +184,12 @@ class MlflowSink:
             hypervolume: of the validation losses.
             front_size: how many members are non-dominated.
             validation: validation losses, shape (N, m).
+            metrics: of the problem on the validation split by name, N values each.
             hypervolume_error: of an estimate.
         """
         losses = np.asarray(validation, dtype=np.float64)
         figures = {"hypervolume": hypervolume, "hypervolume_error": hypervolume_error, "front_size": front_size}
-        content = {"step": step, **figures, "losses": losses}
+        content = {"step": step, **figures, "losses": losses, "metrics": metrics or {}}
         self._outbox.add("evaluation", content, f"evaluation {step}")
 
     def log_training_losses(self, steps: ArrayLike, losses: ArrayLike) -> None:

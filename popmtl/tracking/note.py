@@ -16,7 +16,7 @@ def registered_name(opening: Entry) -> str:
 
 
 def named_members(front: Front) -> dict[str, int]:
-    """Subproblems that a user may want by name: `knee`, and `best-<objective>` for each objective.
+    """Subproblems that a user may want by name: `knee`, and `best-<objective>` for each objective, on validation.
 
     Each alias as MLflow allows it. Empty where all objective values are not finite.
     """
@@ -25,9 +25,10 @@ def named_members(front: Front) -> dict[str, int]:
         return {}
     named = {"knee": middle.subproblem}
     best = [member for member in front.members if member.non_dominated]
+    values = {member.subproblem: front.figures(member).objectives for member in best}
     for k, name in enumerate(front.objectives):
         alias = re.sub(r"[^A-Za-z0-9_-]+", "-", f"best-{name}")
-        named.setdefault(alias, min(best, key=lambda member: member.objectives[k]).subproblem)
+        named.setdefault(alias, min(values, key=lambda i: values[i][k]))
     return named
 
 
@@ -41,15 +42,16 @@ def note(front: Front, versions: Mapping[str, str]) -> str:
     best = sum(member.non_dominated for member in front.members)
     point = ", ".join(f"{x:.4g}" for x in front.reference_point)
     lines = [
-        f"**{len(front.members)} models, {best} of them non-dominated; hypervolume {front.volume:.5g}** at "
-        f"({point}), on the test split.",
+        f"**{len(front.members)} models, {best} of them non-dominated on the {front.chosen_on} split; hypervolume "
+        f"{front.volume:.5g}** at ({point}), on the test split.",
         "",
         "Choose one in *Artifacts* → `pareto/explorer.html`.",
     ]
     named = named_members(front)
     if named:
-        header = ["", "member", *map(_cell, front.objectives), "model"]
-        lines += ["", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        header = ["", "member", *(_cell(f"{name}, test") for name in front.objectives), "model"]
+        lines += ["", f"Chosen on the {front.chosen_on} split; figures are those on the test split.", ""]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     members = {member.subproblem: member for member in front.members}
     for alias, i in named.items():
         values = " | ".join(f"{x:.4g}" for x in members[i].objectives)

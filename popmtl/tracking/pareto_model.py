@@ -46,7 +46,7 @@ class ParetoModel(PythonModel):
             context: MLflow's; not used.
             model_input: what the model takes, an array with the batch first.
             params: `member`, a subproblem's number such as "3"; or, where that is "", `preference`: how much each
-                objective matters. See `popmtl.method.front.pick`.
+                objective matters, by its values on the validation split. See `popmtl.method.front.pick`.
 
         Returns:
             An array; where the model has several outputs, a dict of them, by name or by number.
@@ -73,7 +73,7 @@ class ParetoModel(PythonModel):
             return self.members[0]
         if preference is None:
             preference = np.ones(len(self.front.objectives))
-        objectives = {one.subproblem: one.objectives for one in self.front.members}
+        objectives = {one.subproblem: self.front.figures(one).objectives for one in self.front.members}
         return self.members[pick([objectives[i] for i in self.members], preference)]
 
     def model(self, member: int) -> torch.nn.Module:

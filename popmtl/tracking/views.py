@@ -30,13 +30,15 @@ def saved_views(objectives: Sequence[str], parent: str) -> dict[str, str]:
         objectives: the m names.
         parent: id of the run whose members the first one shows.
     """
-    finals = [f"objective/{name}" for name in objectives]
+    # One chooses on the validation split; the test split's figures stand beside.
+    finals = [f"validation/objective/{name}" for name in objectives]
+    reports = [f"objective/{name}" for name in objectives]
     weights = [f"params.`w/{name}`" for name in objectives]
-    columns = [*(_metric(name) for name in finals), *weights, "tags.`popmtl.nondominated`"]
+    columns = [*(_metric(name) for name in (*finals, *reports)), *weights, "tags.`popmtl.nondominated`"]
     members = {
         **_page(f"tags.`mlflow.parentRunId` = '{parent}'", _metric(finals[0]), columns, ascending=True),
         **_charts(
-            ("Trade-offs", [*_scatters(finals), _parallel(finals)]),
+            ("Trade-offs, validation split", [*_scatters(finals), _parallel(finals)]),
             ("Validation losses", [_curve(f"val/loss/{name}") for name in objectives]),
             ("Training losses", [_curve(f"train/loss/{name}") for name in objectives]),
         ),

@@ -128,7 +128,7 @@ def compare_updates(trained: Block, plans: dict[str, RunPlan], ideal: np.ndarray
     exact, ub = (FineTuning(copied(trained, plans[name]), plans[name].aligned, ideal) for name in ("exact", "ub"))
     cosines, sizes = [], []
     for t, i in itertools.product(range(batches), range(len(trained.models))):
-        batch = exact.block.draw(i, t)
+        batch = exact.block.draw(i)
         updates = []
         for align in (exact.align_exact, ub.align_ub):
             align.__self__.block.gradients.zero_()

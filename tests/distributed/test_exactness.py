@@ -8,6 +8,8 @@ import torch
 from toy_problems import config
 
 from popmtl.distributed.plan import train_in_process
+from popmtl.method.front import non_dominated
+from popmtl.problems.registry import load_problem
 from popmtl.runs.results import load_state
 
 ADAM = {"name": "Adam", "lr": 0.01}
@@ -51,6 +53,37 @@ def test_a_distributed_run_equals_the_reference(run, actors, transport, order):
     recorded = [record["hypervolume"] for record in folder.metrics()]
     np.testing.assert_allclose(recorded, [seen.hypervolume for seen in population.history], rtol=1e-10)
     assert [record["step"] for record in folder.metrics()] == [0, 20, 40, 50]
+
+
+@pytest.mark.parametrize("fine_tune", [{}, {"steps": 3}])
+def test_metrics_of_every_member_are_curves_and_the_front_has_both_splits(run, fine_tune):
+    """By the collective transport: its actors are a process group, over which torchmetrics would gather."""
+    pytest.importorskip("torchmetrics")
+    data = config(2, "consensus", SGD, transfer={"transport": "collective"}, fine_tune=fine_tune)
+    plan, folder, _ = run({**data, "problem": {"name": "toy_problems:Measures"}})
+    population = train_in_process(plan)
+    records = [record for record in folder.metrics() if record["stage"] == "mtgd"]
+    for record, seen in zip(records, population.history, strict=True):
+        assert record["metrics"].keys() == {"error", "rmse"}
+        for name, values in record["metrics"].items():
+            np.testing.assert_allclose(values, seen.metrics[name], rtol=1e-6)
+        assert len(set(record["metrics"]["rmse"])) == 4 or record["step"] == 0
+        mean = np.mean(record["validation"], axis=1)  # what `error` is
+        np.testing.assert_allclose(record["metrics"]["error"], mean)
+        np.testing.assert_allclose(
+            np.square(record["metrics"]["rmse"]), np.array(record["validation"])[:, 0], rtol=1e-5
+        )
+    front, problem = folder.front(), load_problem("toy_problems:Measures", {})
+    assert front.chosen_on == "validation"
+    assert folder.metrics()[-1]["validation"] == [list(front.figures(one).objectives) for one in front.members]
+    for member, model in zip(front.members, population.block.models, strict=True):
+        for split in ("validation", "test"):
+            expected, found = problem.evaluate(model, split), front.figures(member, split)
+            np.testing.assert_allclose(found.objectives, expected.objectives, rtol=1e-6)
+            measured = {name: found.metrics[name] for name in expected.metrics}
+            assert measured == pytest.approx(expected.metrics, rel=1e-6)
+    best = non_dominated([front.figures(one).objectives for one in front.members])
+    assert [one.non_dominated for one in front.members] == best.tolist()
 
 
 @pytest.mark.slow

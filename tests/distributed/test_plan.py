@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import toy_problems
 from toy_problems import config
 
 from popmtl.config import Config
@@ -13,6 +15,8 @@ from popmtl.errors import RequestError
 
 # NoisyRegression: trunk 6·5 and BatchNorm 5 + 5 transfer; two heads of 5 + 1 do not.
 TRUNK, HEADS = 40, 12
+BUFFERS = (5 + 5) * 8 + 8  # BatchNorm's statistics, which each row has of its own
+ADAM = 2 * (TRUNK + HEADS) * 8 + 4  # two moments, and a count of steps
 
 
 def plan(data, cpus=4.0):
@@ -23,13 +27,15 @@ def test_sizes_of_rows_and_of_what_is_sent():
     made = plan(config(2, transfer={"transport": "coordinator"}))
     assert (made.parameters, made.transferring) == (TRUNK + HEADS, TRUNK)
     assert made.bytes_sent_per_step() == 2 * 4 * TRUNK * 8  # to the coordinator and back, four rows of float64
-    # rows, gradients, two moments of Adam; what comes and goes of the columns that transfer; blocks of two rows
-    assert made.memory_per_actor() == 2 * (4 * (TRUNK + HEADS) + 2 * TRUNK) * 8
+    # Blocks of two rows: each with its gradient, Adam's memory, buffers, and what comes and goes of the columns that
+    # transfer; and once what a backward pass leaves.
+    row = 2 * (TRUNK + HEADS) * 8 + ADAM + BUFFERS
+    assert made.memory_per_actor() == 2 * (row + 2 * TRUNK * 8) + (TRUNK + HEADS) * 8
     # Two actors send each other their two rows.
     assert plan(config(2, transfer={"transport": "collective"})).bytes_sent_per_step() == 2 * 2 * TRUNK * 8
     shared = plan(config(2))
     assert (shared.transport.name, shared.bytes_sent_per_step()) == ("shared_memory", 0)
-    assert shared.memory_per_actor() == 2 * (4 * (TRUNK + HEADS) + TRUNK) * 8
+    assert shared.memory_per_actor() == 2 * (row + TRUNK * 8) + (TRUNK + HEADS) * 8
 
 
 def test_rows_that_are_taken_by_few_are_sent_to_few():
@@ -71,14 +77,14 @@ def test_task_gradients_take_memory_in_the_exact_variant_only():
     sgd = {"name": "SGD", "lr": 0.1}
     base = plan(config(4, optimizer=sgd)).memory_per_actor()
     row = (TRUNK + HEADS) * 8
-    assert base == 2 * row + TRUNK * 8
+    assert base == 3 * row + TRUNK * 8 + BUFFERS
     fine = {"steps": 3}
     exact = plan(config(4, optimizer=sgd, fine_tune=fine))
-    assert exact.memory_per_actor() == base + 2 * row
+    assert exact.memory_per_actor() == base + row  # gradients of two tasks in place of one
     assert exact.shared == TRUNK
     assert plan(config(4, optimizer=sgd, fine_tune={**fine, "variant": "ub"})).memory_per_actor() == base
     first = plan(config(4, optimizer=sgd, train={"gradient": {"name": "aligned_mtl"}}))
-    assert first.memory_per_actor() == base + 2 * row
+    assert first.memory_per_actor() == base + row
     assert first.shared == TRUNK
 
 
@@ -141,7 +147,7 @@ def test_what_hides_the_exchange_is_said(monkeypatch):
     monkeypatch.setattr("popmtl.distributed.transport.BUCKET_BYTES", 64)
     assert overlap("adapt_then_combine") == ("behind the backward pass, by 2 buckets", 64)
     entries, _ = overlap("adapt_then_combine", {"name": "Adafactor", "lr": 0.01})
-    assert entries == "none: the optimizer does not treat each entry of a row alone"
+    assert entries == "none: the optimizer does not treat each entry of a row alone, and all alike"
     late, _ = overlap("adapt_then_combine", name="ReadsLate")
     assert late == "none: the backward pass reads parameters after their gradients are complete"
 
@@ -191,3 +197,35 @@ def test_a_plan_on_fewer_actors_gives_each_what_it_had_and_takes_the_transport_f
     alone = replan(made, plan(config(1)).placement)
     assert (alone.transport.name, alone.placement.rows) == ("local", (range(4),))
     assert alone.identity == made.identity
+
+
+def test_what_the_held_out_batches_and_measure_must_not_be_is_refused_before_training(monkeypatch):
+    def refusal(**attributes):
+        with monkeypatch.context() as patch:
+            for name, value in attributes.items():
+                patch.setattr(toy_problems.NoisyRegression, name, value)
+            with pytest.raises(RequestError) as refused:
+                plan(config(1))
+        return str(refused.value)
+
+    about = "problem toy_problems:NoisyRegression: "
+    assert refusal(metrics={"accuracy": "higher", "error": "lower"}) == (
+        about + "measure does not return accuracy, which metrics declares"
+    )
+    assert refusal(metrics={}).startswith(about + "measure returns error, which metrics does not declare")
+
+    def loaders(sizes, split):
+        """Two arrays with other lengths, and the last batch of a split with others yet."""
+
+        def batches(self, asked):
+            rows = sizes if asked == split else sizes[:1] * 3
+            return [{"x": torch.ones(n, 6), "y": (torch.ones(n), torch.ones(n)), "other": torch.ones(3)} for n in rows]
+
+        return batches
+
+    for split in ("validation", "test"):
+        assert refusal(evaluation_batches=loaders([8, 8, 4], split)).startswith(
+            about + "the first dimensions of an evaluation batch differ (3, 8); define size(batch): how many examples"
+        )
+    monkeypatch.setattr(toy_problems.NoisyRegression, "evaluation_batches", loaders([8, 8, 8], "test"))
+    assert plan(config(1)).metrics == {"error": "lower"}

@@ -218,7 +218,8 @@ def test_its_optimizer_starts_anew():
     block.reseed(2, block.state(1))
     block.run(chunk(1, first=3))
     steps = [
-        int(block.buckets[0].optimizer.state[p]["step"]) for p in block.buckets[0].optimizer.param_groups[0]["params"]
+        int(block.optimizers.whole[0][0].state[p]["step"])
+        for p in block.optimizers.whole[0][0].param_groups[0]["params"]
     ]
     assert steps == [4, 4, 1, 4]
     assert block.rows.isfinite().all()

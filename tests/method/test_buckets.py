@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from popmtl.method.buckets import bucket_bounds, leaves_parameters_alone, steps_entrywise
+from popmtl.method.buckets import bucket_bounds, leaves_parameters_alone
 from popmtl.method.flat import Layout
 from popmtl.method.mtgd import Block, Chunk, Recipe
+from popmtl.method.optimizers import entrywise
 from popmtl.method.problem import Problem
 
 DOUBLE = torch.float64
@@ -64,6 +65,15 @@ class Layers(Problem):
         return not parameter.startswith("head")
 
 
+class AllUsed(Layers):
+    """Without the layer that no loss reaches: a parameter without a gradient has all of them step together."""
+
+    def model(self):
+        model = super().model()
+        del model["unused"]
+        return model
+
+
 def cosine(optimizer):
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
 
@@ -107,7 +117,7 @@ def test_buckets_are_whole_parameters_that_cover_every_column_once():
 
 def test_the_exchange_of_the_last_layers_starts_before_the_backward_pass_reaches_the_first():
     Noted.notes.clear()
-    parted = block(Layers(), 1)
+    parted = block(AllUsed(), 1)
 
     def mix(X, A):
         Noted.notes.append(X.shape[1])
@@ -175,7 +185,7 @@ class ByNorm(torch.optim.Optimizer):
     ids=["sgd", "adam", "adamw", "rmsprop", "adafactor", "norm"],
 )
 def test_an_optimizer_that_looks_at_a_row_as_a_whole_is_found(make, expected):
-    assert steps_entrywise(make) is expected
+    assert entrywise(make) is expected
 
 
 class ReadsLate(Layers):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from popmtl.method.flat import Layout
+from popmtl.method.gradient_rows import GradientRows
 
 
 class Tied(nn.Module):
@@ -25,9 +26,9 @@ class Tied(nn.Module):
 
 def bound(model, transfers=lambda name: True):
     layout = Layout.of(model, transfers)
-    row, gradient = torch.full((layout.size,), 7.0), torch.full((layout.size,), 8.0)
-    layout.bind(model, row, gradient)
-    return layout, row, gradient
+    row = torch.full((layout.size,), 7.0)
+    layout.bind(model, row)
+    return layout, row
 
 
 def test_transferring_parameters_come_first_and_otherwise_in_the_models_order():
@@ -43,21 +44,18 @@ def test_binding_moves_the_values_and_keeps_what_the_model_computes():
     torch.manual_seed(0)
     model, x = Tied(), torch.randn(5, 3)
     before, expected = {n: p.detach().clone() for n, p in model.named_parameters()}, model.eval()(x).detach()
-    layout, row, _ = bound(model, lambda name: "norm" in name)
+    layout, row = bound(model, lambda name: "norm" in name)
     torch.testing.assert_close(model(x).detach(), expected)
     flat = torch.cat([before[name].flatten() for name in layout.names])
     torch.testing.assert_close(row, flat, rtol=0, atol=0)
 
 
-def test_the_model_sees_the_row_and_gradients_arrive_in_it():
-    model, x = Tied(), torch.randn(5, 3)
-    layout, row, gradient = bound(model)
+def test_the_model_sees_the_row():
+    model = Tied()
+    layout, row = bound(model)
     row.copy_(torch.arange(layout.size))
     assert model.head.weight.tolist() == [[0, 1, 2]]
     assert model.head.bias.tolist() == [3]
-    gradient.zero_()
-    model(x).sum().backward()
-    assert gradient[layout.columns({"head.bias"})].tolist() == [5]
     with torch.no_grad():
         model.head.bias.fill_(-1)
     assert row[3] == -1
@@ -65,21 +63,25 @@ def test_the_model_sees_the_row_and_gradients_arrive_in_it():
 
 def test_a_tied_parameter_stands_once_and_stays_tied():
     model = Tied()
-    layout, row, gradient = bound(model)
+    layout, row = bound(model)
     assert "decoder.weight" not in layout.names
     row[layout.columns({"encoder.weight"})] = 5
     assert (model.decoder.weight == 5).all()
     assert model.decoder.weight is model.encoder.weight
-    gradient.zero_()
     x = torch.tensor([[1.0, 0, 0]])
     model.decoder(model.encoder(x)).sum().backward()
+    gradient = torch.full((1, layout.size), 7.0)
+    rows = GradientRows(layout, [model], gradient)
+    rows.collect(0, rows.parameters[0])
     # W W x: both uses add up. With W = 5 everywhere, ∂/∂W of 1ᵀ W W x is 1 (W x)ᵀ + Wᵀ1 xᵀ.
-    assert gradient[layout.columns({"encoder.weight"})].reshape(3, 3).tolist() == [[20, 5, 5]] * 3
+    assert gradient[0, layout.columns({"encoder.weight"})].reshape(3, 3).tolist() == [[20, 5, 5]] * 3
+    assert rows.there[0] == [name == "encoder.weight" for name in layout.names]
+    assert not gradient[0, layout.columns({"head.weight"})].any()
 
 
 def test_frozen_parameters_and_buffers_are_in_no_row():
     model = Tied()
-    layout, row, _ = bound(model)
+    layout, row = bound(model)
     row.fill_(3)
     assert model.scale.item() == 2
     assert model.norm.running_var.tolist() == [1, 1, 1]

@@ -132,7 +132,7 @@ def test_without_transfer_it_is_separate_runs_of_plain_torch(name, order, idle):
 def test_subproblems_start_alike_and_draw_data_of_their_own():
     block = Block(Regression(), [0, 1, 2], weights(3), Recipe(OPTIMIZERS["sgd"]))
     assert (block.rows == block.rows[0]).all()
-    batches = [block.draw(i, 0)[0] for i in range(3)]
+    batches = [block.draw(i)[0] for i in range(3)]
     assert not any(torch.equal(batches[i], batches[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     assert len({subproblem_seed(s, i) for s in range(10) for i in range(10)}) == 100
 
@@ -211,7 +211,7 @@ def test_adams_moments_are_mixed_as_the_parameters_are_or_not_at_all(quadratics,
         if variant == "moments":
             m, v = mixing @ m, mixing @ v
     np.testing.assert_allclose(block.rows, X, rtol=0, atol=1e-12)
-    states = list(block.buckets[0].optimizer.state.values())
+    states = list(block.optimizers.whole[0][0].state.values())
     np.testing.assert_allclose(torch.stack([s["exp_avg"] for s in states]), m, rtol=0, atol=1e-12)
     np.testing.assert_allclose(torch.stack([s["exp_avg_sq"] for s in states]), v, rtol=0, atol=1e-12)
 
@@ -367,20 +367,19 @@ def test_the_packing_of_rows_into_blocks_changes_nothing(exchange, packing):
             torch.testing.assert_close(states[i][name], value, rtol=0, atol=1e-12)
 
 
-def test_dropout_follows_subproblem_and_step():
+def test_dropout_follows_subproblem_and_draw():
     problem = Regression(lambda: nn.Dropout(0.5))
     recipe = Recipe(gradient_descent(0.0), dtype=DOUBLE)
-    block = Block(problem, range(2), weights(2), recipe)
     x = torch.ones(1, 3, dtype=DOUBLE)
 
-    def output(i, t):
-        block.draw(i, t)
-        return block.models[i](x).tolist()
+    def outputs(i):
+        block = Block(problem, range(2), weights(2), recipe)
+        return [(block.draw(i), block.models[i](x).tolist())[1] for _ in range(2)]
 
-    first = output(0, 0)
-    assert output(0, 0) == first
-    assert output(0, 1) != first
-    assert output(1, 0) != first
+    first = outputs(0)
+    assert outputs(0) == first
+    assert first[0] != first[1]
+    assert outputs(1)[0] != first[0]
 
 
 # --- what the rows hold ---
@@ -406,7 +405,7 @@ def test_moments_of_parameters_that_do_not_transfer_stay_out_of_the_mix():
     block = Block(problem, range(3), weights(3), recipe)
     block.run(chunk([1.0], M))
     S = block.layout.transferring
-    moments = torch.stack([state["exp_avg"] for state in block.buckets[0].optimizer.state.values()])
+    moments = torch.stack([state["exp_avg"] for state in block.optimizers.whole[0][0].state.values()])
     assert (moments[:, :S] - moments[0, :S]).abs().max() < 1e-12
     torch.testing.assert_close(moments[:, S:], 0.1 * block.gradients[:, S:])
 

@@ -10,7 +10,7 @@ from toy_problems import NoisyRegression
 
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.mtgd import Block, Chunk, Recipe
-from popmtl.method.snapshot import RowState, play_again, put, step_schedules, take
+from popmtl.method.snapshot import RowState, put, take
 
 W = np.array([[0.2, 0.8], [0.5, 0.5], [0.8, 0.2]])
 M = np.array([[0.6, 0.3, 0.1], [0.2, 0.6, 0.2], [0.1, 0.3, 0.6]])
@@ -50,9 +50,7 @@ def same(a, b):
 def resumed(block, states, buckets=math.inf):
     """A block built anew, as another process would."""
     new = Block(NoisyRegression(), range(3), W, block.recipe, bucket_bytes=buckets)
-    step_schedules(new.buckets, CUT)
-    put(new, new.buckets, through_json(states))
-    play_again(new, CUT)
+    put(new, new.optimizers, through_json(states))
     return new
 
 
@@ -62,7 +60,7 @@ def test_a_block_goes_on_bit_for_bit(optimizer, schedule):
     recipe = Recipe(OPTIMIZERS[optimizer], SCHEDULES[schedule], dtype=torch.float32, seed=4)
     straight = Block(NoisyRegression(), range(3), W, recipe)
     straight.run(chunk(0, CUT))
-    states = take(straight, straight.buckets)
+    states = take(straight, straight.optimizers)
     expected = straight.run(chunk(CUT, STEPS))
     new = resumed(straight, states)
     np.testing.assert_array_equal(new.run(chunk(CUT, STEPS)), expected)
@@ -74,7 +72,7 @@ def test_what_buckets_remember_is_that_of_whole_rows(before, after):
     recipe = Recipe(OPTIMIZERS["adam"], order="adapt_then_combine", mix_moments=True, dtype=torch.float32, seed=4)
     straight = Block(NoisyRegression(), range(3), W, recipe, bucket_bytes=before)
     straight.run(chunk(0, CUT))
-    states = take(straight, straight.buckets)
+    states = take(straight, straight.optimizers)
     straight.run(chunk(CUT, STEPS))
     new = resumed(straight, states, after)
     assert len(new.buckets) != len(straight.buckets)
@@ -85,7 +83,7 @@ def test_what_buckets_remember_is_that_of_whole_rows(before, after):
 def test_a_snapshot_does_not_change_with_the_block():
     block = Block(NoisyRegression(), range(3), W, Recipe(OPTIMIZERS["adam"], dtype=torch.float32))
     block.run(chunk(0, CUT))
-    states = take(block, block.buckets)
+    states = take(block, block.optimizers)
     before = [{name: value.clone() for name, value in state.tensors.items()} for state in states]
     block.run(chunk(CUT, STEPS))
     for state, kept in zip(states, before, strict=True):
@@ -107,8 +105,7 @@ def test_fine_tuning_goes_on_bit_for_bit(variant, done):
     results = stage.finish()
 
     new = Block(NoisyRegression(), range(3), W, recipe)
-    play_again(new, CUT + done)
-    again = FineTuning(new, aligned, ideal, (done, through_json(states)))
+    again = FineTuning(new, aligned, ideal, through_json(states))
     np.testing.assert_array_equal(again.run(CUT + done, 9 - done)[0], expected)
     for one, other in zip(again.finish(), results, strict=True):
         assert (one.before, one.after, one.kept) == (other.before, other.after, other.kept)
@@ -118,11 +115,12 @@ def test_fine_tuning_goes_on_bit_for_bit(variant, done):
 
 def test_a_state_of_another_model_is_refused():
     block = Block(NoisyRegression(), range(3), W, Recipe(OPTIMIZERS["sgd"], dtype=torch.float32))
-    states = take(block, block.buckets)
+    states = take(block, block.optimizers)
     states[1].tensors["row"] = states[1].tensors["row"][:-1]
     with pytest.raises(ValueError, match="subproblem 1: row is not that of this model"):
-        put(block, block.buckets, states)
-    states = take(block, block.buckets)
+        put(block, block.optimizers, states)
+    block.run(chunk(0, 1))
+    states = take(block, block.optimizers)
     del states[0].tensors["buffers/trunk.1.running_mean"]
     with pytest.raises(ValueError, match=r"subproblem 0: buffers/trunk\.1\.running_mean is not that of this model"):
-        put(block, block.buckets, states)
+        put(block, block.optimizers, states)

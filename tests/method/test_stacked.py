@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from popmtl.method import stacked
+from popmtl.method.gradient_rows import ALL
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.problem import Problem, VectorProblem
 from popmtl.method.stacked import Choice, NotStackable, Stacked, choose
@@ -94,6 +95,16 @@ class Scaling(nn.Module):
 
     def forward(self, x):
         return x * self.scale
+
+
+class Remembering(nn.Module):
+    """Counts its calls in plain Python."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x / self.calls
 
 
 class Counting(Scaling):
@@ -194,11 +205,16 @@ def spread(block):
 
 
 def stack_of(block):
-    return Stacked(block.problem, block.layout, block.models[-1], block.rows, block.gradients)
+    return Stacked(block.problem, block.layout, block.models[-1], block.rows)
 
 
-def draw(block, t=0):
-    return [block.draw(i, t) for i in range(len(block.models))]
+def collect(block, rows):
+    block.gradient_rows.begin()
+    block.gradient_rows.collect(ALL, rows.ordered)
+
+
+def draw(block):
+    return [block.draw(i) for i in range(len(block.models))]
 
 
 def looped(block, batches):
@@ -244,13 +260,13 @@ def test_stacked_steps_are_those_of_the_models_one_by_one(name):
     rows = stack_of(block)
     optimizer = torch.optim.Adam([block.rows], lr=0.01)
     block.rows.grad = block.gradients
-    for t in range(4):
-        batches = draw(block, t)
+    for _ in range(4):
+        batches = draw(block)
         losses, gradients = looped(block, batches)
-        block.gradients.zero_()
-        f = rows.losses(batches)
+        f, _ = rows.losses(batches)
         assert f.shape == losses.shape == (3, len(block.problem.objectives))
         (block.weights * f).sum().backward()
+        collect(block, rows)
         torch.testing.assert_close(f.detach(), losses, **EXACT)
         torch.testing.assert_close(block.gradients, gradients, **EXACT)
         assert gradients.abs().amax(1).min() > 0
@@ -263,23 +279,25 @@ def test_the_leaves_are_the_rows_and_their_gradients():
     rows = stack_of(block)
     assert tuple(rows.leaves) == block.layout.names
     parameters = [dict(model.named_parameters()) for model in block.models]
-    before = {name: leaf.grad for name, leaf in rows.leaves.items()}
-    for _ in range(2):
-        rows.losses(draw(block)).sum().backward()
+    rows.losses(draw(block))[0].sum().backward()
+    arrived = {name: leaf.grad.clone() for name, leaf in rows.leaves.items()}
+    collect(block, rows)
     for name, leaf in rows.leaves.items():
         assert torch.equal(leaf, torch.stack([p[name] for p in parameters]))
-        assert torch.equal(leaf.grad, torch.stack([p[name].grad for p in parameters]))
         assert leaf.data_ptr() == parameters[0][name].data_ptr()
-        assert leaf.grad is before[name]
-        assert leaf.grad.untyped_storage().data_ptr() == block.gradients.untyped_storage().data_ptr()
+        assert leaf.grad is None
+        collected = torch.stack([block.layout.views(row)[name] for row in block.gradients])
+        assert torch.equal(collected, arrived[name])
 
 
-def test_gradients_add_up_until_they_are_zeroed():
+def test_gradients_of_one_step_add_up():
     block = spread(block_of(Tied()))
     rows, batches = stack_of(block), draw(block)
     gradients = looped(block, batches)[1]
+    block.gradient_rows.begin()
     for n in (1, 2):
-        (block.weights * rows.losses(batches)).sum().backward()
+        (block.weights * rows.losses(batches)[0]).sum().backward()
+        block.gradient_rows.collect(ALL, rows.ordered)
         torch.testing.assert_close(block.gradients, n * gradients, **EXACT)
 
 
@@ -289,12 +307,12 @@ def test_a_parameter_may_step_while_the_backward_pass_goes_on():
     expected = block.rows - 0.1 * looped(block, batches)[1]
 
     def step(first, end, leaf):
-        block.rows[:, first:end] -= 0.1 * block.gradients[:, first:end]
+        block.rows[:, first:end] -= 0.1 * leaf.grad.reshape(len(block.rows), -1)
 
     ends = itertools.accumulate((shape.numel() for shape in block.layout.shapes), initial=0)
     for leaf, (first, end) in zip(rows.leaves.values(), itertools.pairwise(ends), strict=True):
         leaf.register_post_accumulate_grad_hook(partial(step, first, end))
-    (block.weights * rows.losses(batches)).sum().backward()
+    (block.weights * rows.losses(batches)[0]).sum().backward()
     torch.testing.assert_close(block.rows, expected, **EXACT)
 
 
@@ -302,7 +320,7 @@ def test_no_warning_is_given(recwarn):
     block = block_of(Regression())
     torch.set_warn_always(True)  # else torch might have given it before this test
     try:
-        stack_of(block).losses(draw(block)).sum().backward()
+        stack_of(block).losses(draw(block))[0].sum().backward()
     finally:
         torch.set_warn_always(False)
     assert not [str(w.message) for w in recwarn]
@@ -310,7 +328,8 @@ def test_no_warning_is_given(recwarn):
 
 def test_the_model_given_is_left_alone():
     block = block_of(Regression(Counting))
-    stack_of(block).losses(draw(block))
+    with pytest.raises(NotStackable, match="the model has changed a buffer"):
+        stack_of(block).losses(draw(block))
     assert all(model[1].calls == 0 for model in block.models)
 
 
@@ -348,7 +367,7 @@ LOOPED = {
     "mistake": (Losses(lambda f: {}[f.ndim]), "KeyError: 1"),
     "no message": (Losses(lambda f: next(iter(()))), "StopIteration"),
     "not a number": (Losses(lambda f: f * float("nan")), "stacked losses differ"),
-    "not differentiable": (Losses(lambda f: f.detach()), "RuntimeError: "),
+    "python counter": (Regression(Remembering), "the model keeps 1.calls from one step to the next"),
     "sizes": (Batches(lambda seed: torch.zeros(1 + seed % 97)), "the batches of the rows differ: torch.float64"),
     "text": (Batches(lambda seed: "name"), "a batch holds a str, not only tensors"),
     "no batches": (
@@ -368,8 +387,13 @@ def test_what_cannot_be_stacked_is_looped(name, stacked_wins):
 
 
 def test_only_the_gradients_may_tell(stacked_wins, monkeypatch):
-    forget = Stacked.losses
-    monkeypatch.setattr(Stacked, "losses", lambda self, batches: 0.5 * (f := forget(self, batches)) + 0.5 * f.detach())
+    true_losses = Stacked.losses
+
+    def half_forgotten(self, batches):
+        f, scalars = true_losses(self, batches)
+        return 0.5 * f + 0.5 * f.detach(), scalars
+
+    monkeypatch.setattr(Stacked, "losses", half_forgotten)
     assert choose(block_of(Regression())) == Choice("loop", "loop: stacked gradients differ")
 
 
@@ -426,8 +450,8 @@ def test_what_is_timed_runs_in_the_precision_of_the_recipe():
     lower = []
     problem = Losses(lambda f: (lower.append(torch.is_autocast_enabled("cpu")), f)[1])
     choose(block_of(problem, dtype=torch.float32, precision="bf16"))
-    # A loop over three rows, and all of them stacked.
-    assert lower == [False] * 4 + [True] * 4 * stacked.PAIRS
+    # Each row's model alone; then a loop over three rows, and all of them stacked.
+    assert lower == [True] * 3 + [False] * 4 + [True] * 4 * stacked.PAIRS
 
 
 def test_a_step_is_timed_by_the_clock(monkeypatch):
@@ -448,19 +472,19 @@ def test_choosing_changes_nothing(name):
         each.rows.fill_(0.1)
         each.gradients.fill_(7)
         each.models[0][0].eval()
-    models, streams, recipe = list(block.models), list(block.streams), block.recipe
+    models, feed, recipe = list(block.models), block.feed, block.recipe
     state = torch.get_rng_state()
     choose(block)
     assert torch.equal(torch.get_rng_state(), state)
     assert block.recipe is recipe
-    for now, before in zip([*block.models, *block.streams], [*models, *streams], strict=True):
+    for now, before in zip([*block.models, block.feed], [*models, feed], strict=True):
         assert now is before
     assert torch.equal(block.rows, other.rows)
     assert torch.equal(block.gradients, other.gradients)
     for mine, theirs in zip(block.models, other.models, strict=True):
         assert [m.training for m in mine.modules()] == [m.training for m in theirs.modules()]
         assert all(torch.equal(a, b) for a, b in zip(mine.buffers(), theirs.buffers(), strict=True))
-        assert all(p.grad.eq(7).all() for p in mine.parameters())
-    assert all(not bucket.optimizer.state for bucket in block.buckets)
+        assert all(p.grad is None for p in mine.parameters())
+    assert all(not optimizer.state for optimizer, _ in block.optimizers.whole)
     for mine, theirs in zip(draw(block), draw(other), strict=True):
         assert torch.equal(mine[0], theirs[0])

@@ -1,6 +1,7 @@
 """The fairness problems: their files, their rows, their losses against sums in float64."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from popmtl.errors import RequestError
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.problem import to_model
-from popmtl.problems.fairness import ADULT, Fairness
+from popmtl.problems.fairness import ADULT, CREDIT, Fairness
 
 COMPAS = """age,c_charge_degree,race,age_cat,score_text,sex,priors_count,days_b_screening_arrest,decile_score,is_recid,\
 two_year_recid,c_jail_in,c_jail_out
@@ -76,7 +77,7 @@ def test_aligned_mtl_ub_takes_the_gradients_of_the_logits(tmp_path):
     stage = FineTuning(block, AlignedRecipe(1, partial(torch.optim.SGD, lr=0.1), variant="ub"), np.zeros(2))
     batch = to_model(next(problem.batches(0)), block.rows)
     block.gradients.zero_()
-    found, aligned = stage.align_ub(1, batch, 0)
+    found, aligned = stage.align_ub(1, [batch], 0)
     model = block.models[1]
     torch.testing.assert_close(found, problem.losses(model, batch).detach())
     # No parameter is left out: the update is a combination of the two losses' gradients.
@@ -113,12 +114,72 @@ def test_adult_and_credit_are_read_as_uci_gives_them(tmp_path):
     plain = Fairness("credit", str(tmp_path / "credit.csv"))
     assert "EDUCATION=4" in plain.inputs
     assert not any("ID" in name or "SEX" in name for name in plain.inputs)
+    # As archives name the columns, and OpenML in lower case.
+    archived = {name: f"X{i}" for i, name in enumerate(CREDIT[:-1], 1)} | {"default payment next month": "Y"}
+    named = credit.reindex(columns=["ID", *archived], fill_value=0.0).rename(columns=archived)
+    named.assign(X1=range(20)).to_csv(tmp_path / "archived.csv", index=False)
+    named.assign(X1=range(20)).rename(columns=str.lower).to_csv(tmp_path / "openml.csv", index=False)
+    for file in ("archived.csv", "openml.csv"):
+        other = Fairness("credit", str(tmp_path / file))
+        assert [name for name in other.inputs if "=" in name] == [name for name in plain.inputs if "=" in name]
+        assert "LIMIT_BAL" in other.inputs
+        for name, (_, y, s) in plain.splits.items():
+            assert torch.equal(y, other.splits[name][1])
+            assert torch.equal(s, other.splits[name][2])
     # Saved from the spreadsheet with its line of X1, X2, …
     text = (tmp_path / "credit.csv").read_text()
     (tmp_path / "credit.csv").write_text(",X1,X2,X3,Y\n" + text)
     again = Fairness("credit", str(tmp_path / "credit.csv"))
     for name, tensors in plain.splits.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, again.splits[name], strict=True))
+
+
+def test_adult_test_has_a_comment_stops_and_equal_fields_in_its_first_row(tmp_path):
+    lines = ["|1x3 Cross validator"]
+    between = "11th, 7, Never-married, ?, Own-child, Black"
+    lines += [
+        f"{20 + i}, Private, {i}, {between}, {sex}, 0, 0, 40, United-States, {income}"
+        for i in range(10)
+        for sex in ("Male", "Female")
+        for income in ("<=50K.", ">50K.")
+    ]
+    (tmp_path / "adult.test").write_text("\n".join(lines) + "\n\n")
+    problem = Fairness("adult", str(tmp_path / "adult.test"))
+    y, s = (torch.cat(parts) for parts in list(zip(*problem.splits.values(), strict=True))[1:])
+    assert (len(y), y.sum(), s.sum()) == (40, 20, 20)
+    assert "inputs: columns that do not vary in the training rows are left out: " in " ".join(problem.notices)
+    assert not any("0.1" in notice for notice in problem.notices)
+    # The same with OpenML's names.
+    header = ", ".join([*ADULT[:-1], "class"])
+    (tmp_path / "named.csv").write_text("\n".join([header, *lines[1:]]).replace("K.", "K"))
+    named = Fairness("adult", str(tmp_path / "named.csv"))
+    for name, tensors in problem.splits.items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors, named.splits[name], strict=True))
+
+
+def test_rows_without_a_label_or_group_are_dropped_and_counted(tmp_path):
+    path = compas(tmp_path)
+    head, *lines = Path(path).read_text().splitlines()
+    names = head.split(",")
+    for row, column in ((0, "two_year_recid"), (5, "two_year_recid"), (10, "sex")):
+        fields = lines[row].split(",")
+        fields[names.index(column)] = ""
+        lines[row] = ",".join(fields)
+    (tmp_path / "spoilt.csv").write_text("\n".join([head, *lines]) + "\n")
+    problem = Fairness("compas", str(tmp_path / "spoilt.csv"))
+    assert sum(len(x) for x, *_ in problem.splits.values()) == 37
+    assert problem.notices[:2] == [
+        "2 of 40 rows are without any target, and were dropped",
+        "1 of 38 rows are without sex, and were dropped",
+    ]
+
+
+def test_a_label_that_is_neither_of_the_two_is_refused(tmp_path):
+    path = compas(tmp_path)
+    text = Path(path).read_text().replace(",1,1,2013-01-26", ",1,2,2013-01-26", 1)
+    (tmp_path / "spoilt.csv").write_text(text)
+    with pytest.raises(RequestError, match="two_year_recid is 2, and must be 0 or 1"):
+        Fairness("compas", str(tmp_path / "spoilt.csv"))
 
 
 @pytest.mark.parametrize(

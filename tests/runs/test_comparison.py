@@ -122,7 +122,7 @@ def test_two_objectives_are_drawn_as_staircases(drawn):
     assert first.get_drawstyle() == "steps-post"
     assert second.get_xydata().tolist() == [[0, 1]]
     assert len(third.get_xydata()) == 0
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("f", "g")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("f, test", "g, test")
 
 
 def test_more_objectives_share_one_scale(drawn):

@@ -451,10 +451,10 @@ def test_the_table_sorts(opened):
     assert order() == [0, 1, 2, 3]
     frame.locator("#columns").get_by_role("button", name="loss_left").click()
     assert order() == [2, 0, 3, 1]
-    assert sorted_by()["loss_left"] == "ascending"
+    assert sorted_by()["loss_left, test"] == "ascending"
     frame.locator("#columns").get_by_role("button", name="loss_left").click()
     assert order() == [3, 0, 2, 1]
-    assert sorted_by()["loss_left"] == "descending"
+    assert sorted_by()["loss_left, test"] == "descending"
     assert sorted_by()["Subproblem"] == "none"
     assert "lost: its losses were not finite" in frame.locator('tr[data-member="1"]').text_content()
 
@@ -465,7 +465,7 @@ def test_the_header_says_what_there_is(opened):
     assert frame.locator("h1").text_content() == "digits-1"
     facts = frame.locator("#facts").text_content()
     assert facts.startswith("6 members · 2 objectives · 3 non-dominated · 1 lost · 1 not finite · hypervolume ")
-    assert facts.endswith(" at (1.2, 1.2) · 3000 steps")
+    assert " at (1.2, 1.2) · 3000 steps · figures and choices: test split, as this front has no validation" in facts
     assert "Not drawn, values not finite: 4, 5." in frame.locator("#scatter-note").text_content()
 
 
@@ -479,7 +479,7 @@ def test_two_objectives_have_an_area_and_more_have_none(opened):
     assert frame.locator("#scatter .area").count() == 0
     assert "projection of 3 objectives" in frame.locator("#scatter-note").text_content()
     frame.locator("#y").select_option(label="accuracy_left")
-    assert "accuracy_left (higher is better)" in frame.locator("#scatter svg").text_content()
+    assert "accuracy_left, test (higher is better)" in frame.locator("#scatter svg").text_content()
 
 
 def test_a_far_member_and_a_far_reference_point_do_not_squash_the_front(opened):

@@ -75,7 +75,7 @@ def test_two_objectives_show_numbers_reference_and_dominated(drawn):
     pixels, axes = drawn(*SHAPES["two objectives"])
     assert {"0", "1", "2", "3"} <= set(texts(axes))
     assert [entry.get_text() for entry in axes.get_legend().get_texts()] == ["dominated", "reference point (1.1, 1.1)"]
-    assert texts(axes)[0] == "3 of 4 members non-dominated, hypervolume 0.31"
+    assert texts(axes)[0] == "test split: 3 of 4 members non-dominated, hypervolume 0.31"
     # The dominated region is shaded, right of and above the staircase, and only there.
     area = matplotlib.colors.to_rgb(picture.AREA)
 

@@ -15,13 +15,29 @@ from torch import nn
 from popmtl.errors import RequestError
 from popmtl.runs.files import replacing
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front, Member
+from popmtl.runs.front import Figures, Front, Member
 from popmtl.runs.results import load_model, load_state, write_front, write_model
 
 MEMBERS = [
-    Member(0, [0.25, 0.75], [0.5, 0.4], {"accuracy": 0.9}, "mtgd", True, "models/0/model.safetensors"),
     Member(
-        1, [0.75, 0.25], [0.1, 0.8], {"accuracy": 0.8, "b": 2.0}, "aligned_mtl", False, "models/1/model.safetensors"
+        0,
+        [0.25, 0.75],
+        [0.5, 0.4],
+        {"accuracy": 0.9},
+        "mtgd",
+        True,
+        "models/0/model.safetensors",
+        validation=Figures([0.45, 0.35], {"accuracy": 0.95}),
+    ),
+    Member(
+        1,
+        [0.75, 0.25],
+        [0.1, 0.8],
+        {"accuracy": 0.8, "b": 2.0},
+        "aligned_mtl",
+        False,
+        "models/1/model.safetensors",
+        validation=Figures([0.05, 0.75], {"accuracy": 0.85}),
     ),
 ]
 FRONT = Front(["left", "right"], [1.0, 1.0], 0.36, 7, 1200, MEMBERS, {"accuracy": "higher"})
@@ -76,6 +92,7 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
                 "model": "models/0/model.safetensors",
                 "reseeds": 0,
                 "lost": None,
+                "validation": {"objectives": [0.45, 0.35], "metrics": {"accuracy": 0.95}},
             },
             {
                 "subproblem": 1,
@@ -87,6 +104,7 @@ def test_front_json_has_exactly_the_keys_of_the_design(folder):
                 "model": "models/1/model.safetensors",
                 "reseeds": 0,
                 "lost": None,
+                "validation": {"objectives": [0.05, 0.75], "metrics": {"accuracy": 0.85}},
             },
         ],
     }
@@ -118,17 +136,20 @@ def test_csv(folder):
         "subproblem": "0",
         "w/left": "0.25",
         "w/right": "0.75",
-        "objective/left": "0.5",
-        "objective/right": "0.4",
-        "accuracy": "0.9",
-        "b": "nan",
+        "validation/objective/left": "0.45",
+        "validation/objective/right": "0.35",
+        "validation/accuracy": "0.95",
+        "test/objective/left": "0.5",
+        "test/objective/right": "0.4",
+        "test/accuracy": "0.9",
+        "test/b": "nan",
         "stage": "mtgd",
         "non_dominated": "True",
         "model": "models/0/model.safetensors",
         "reseeds": "0",
         "lost": "",
     }
-    assert [row["b"] for row in rows] == ["nan", "2.0"]
+    assert [row["test/b"] for row in rows] == ["nan", "2.0"]
 
 
 def test_model_round_trip_with_integer_buffers_and_tied_parameters(folder):

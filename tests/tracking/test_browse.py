@@ -14,7 +14,7 @@ from tracked_problems import TwoHeadsModel
 
 from popmtl.method.front import hypervolume, non_dominated, pick
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import Front, Member
+from popmtl.runs.front import Figures, Front, Member
 from popmtl.runs.results import model_file, write_front
 from popmtl.tracking.links import explorer_url, view_url
 from popmtl.tracking.mlflow_sink import MlflowSink
@@ -129,6 +129,7 @@ def curved(m, N):
             bool(best[i]),
             None if i == N - 1 else model_file(i),
             lost="its losses were no longer finite" if i == N - 1 else None,
+            validation=Figures(F[i].tolist(), {"accuracy": 0.9 - 0.001 * i}),
         )
         for i in range(N)
     ]
@@ -161,10 +162,10 @@ def test_the_explorer_and_the_saved_views_show_any_front(page, server, tmp_path,
     assert f'load_model("{folder.location}", {chosen})' in explorer.locator("#code").inner_text().replace("\n", "")
 
     page.goto(view_url(sink.location, MEMBERS))
-    page.get_by_text("Trade-offs").wait_for(timeout=60_000)
+    page.get_by_text("Trade-offs, validation split").wait_for(timeout=60_000)
     page.locator(".js-plotly-plot").first.wait_for(timeout=60_000)
     page.screenshot(path=tmp_path / "members.png")
-    assert page.get_by_text("objective/depth vs. objective/segmentation").count() >= 1
+    assert page.get_by_text("validation/objective/depth vs. validation/objective/segmentation").count() >= 1
     assert page.get_by_text(f"{N} matching runs").count() == 1
 
     page.goto(view_url(sink.location, FRONTS))

@@ -50,7 +50,8 @@ def logged(storage, environment, tmp_path_factory):
     for start in range(0, STEPS, 50):
         sink.log_training_losses(np.arange(start + 1, start + 51), losses[start : start + 50])
     sink.log_evaluation(350, 0.1, 2, [[0.4, 1.0], [0.7, 0.7], [np.inf, 0.5]])
-    sink.log_evaluation(700, 0.2, 3, [[0.3, 0.9], [0.6, 0.6], [0.8, 0.4]])
+    metrics = {"accuracy": [0.5, 0.6, np.nan]}
+    sink.log_evaluation(700, 0.2, 3, [[0.3, 0.9], [0.6, 0.6], [0.8, 0.4]], metrics)
     members = [replace(one, metrics={**one.metrics, "undefined": np.nan}) for one in front.members]
     sink.log_front(replace(front, members=members), "front")
     messages = sink.close("FINISHED", timeout=120)
@@ -115,9 +116,13 @@ def test_member_runs(logged):
     assert [run.info.status for run in logged.children] == ["FINISHED"] * 3
     assert [run.data.tags["popmtl.kind"] for run in logged.children] == ["member"] * 3
     assert [run.data.tags["popmtl.nondominated"] for run in logged.children] == ["true", "true", "false"]
+    assert {run.data.tags["popmtl.chosen_on"] for run in logged.children} == {"validation"}
     assert logged.children[0].data.params == {"subproblem": "0", "w/left": "0.1", "w/right digit": "0.9"}
     assert history(logged, logged.children[1], "val/loss/left") == [(350, 0.7), (700, 0.6)]
+    assert history(logged, logged.children[1], "val/metric/accuracy") == [(700, 0.6)]
+    assert history(logged, logged.children[2], "val/metric/accuracy") == []
     assert history(logged, logged.children[1], "objective/right digit") == [(700, 0.5)]
+    assert history(logged, logged.children[1], "validation/objective/right digit") == [(700, 0.4)]
     assert history(logged, logged.children[1], "test/accuracy") == [(700, 0.91)]
 
 
@@ -148,6 +153,9 @@ def test_models_of_the_front_load_and_predict_the_same(logged):
             "objective/left": [0.2, 0.5][i],
             "objective/right digit": [0.9, 0.5][i],
             "test/accuracy": 0.9 + i / 100,
+            "validation/objective/left": pytest.approx([0.1, 0.4][i]),
+            "validation/objective/right digit": pytest.approx([0.8, 0.4][i]),
+            "validation/test/accuracy": 0.95,
         }
         loaded = pytorch.load_model(entity.artifact_location)
         torch.testing.assert_close(loaded(x), model.eval()(x))
@@ -265,7 +273,7 @@ def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplo
 def test_an_estimated_hypervolume_has_its_error_and_a_tag(logged, storage):
     folder, front = finished_folder(storage, "run-estimated", [TwoHeadsModel() for _ in range(3)])
     sink = MlflowSink.open(Settings(experiment="estimated"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
-    sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), 0.01)
+    sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), hypervolume_error=0.01)
     write_front(folder, replace(front, best=True))
     sink.log_best_front()
     sink.log_front(replace(front, hypervolume_error=0.02), "none")

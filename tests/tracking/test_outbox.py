@@ -89,7 +89,7 @@ def train(sink, first, last):
     for step in range(first + 5, last + 1, 5):
         timed(sink.log_training_losses, np.arange(step - 4, step + 1), LOSSES[step - 5 : step])
         if step % EVERY == 0:
-            timed(sink.log_evaluation, step, step / 100, 2, LOSSES[step - 1])
+            timed(sink.log_evaluation, step, step / 100, 2, LOSSES[step - 1], {"accuracy": [step, np.nan, 1.0]})
             timed(sink.log_member_figures, step, {"cosine": [step, None, 1.0]})
     return longest
 
@@ -131,6 +131,7 @@ def assert_everything_once(uri, experiment, models=("member-000", "member-001"),
             expected[f"objective/{objective}"] = [(STEPS, [i, 1 - i][k])]
         if i != 1:
             expected["cosine"] = [(t, t if i == 0 else 1.0) for t in evaluated]
+            expected["val/metric/accuracy"] = expected["cosine"]
         assert {key: sorted(curve(client, run, key)) for key in run.data.metrics} == expected
         left, right = map(str, WEIGHTS[i])
         assert run.data.params == {"subproblem": str(i), "w/left": left, "w/right digit": right}
