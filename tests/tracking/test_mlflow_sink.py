@@ -273,7 +273,7 @@ def test_a_mistake_in_one_record_does_not_stop_the_others(logged, storage, caplo
 def test_an_estimated_hypervolume_has_its_error_and_a_tag(logged, storage):
     folder, front = finished_folder(storage, "run-estimated", [TwoHeadsModel() for _ in range(3)])
     sink = MlflowSink.open(Settings(experiment="estimated"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
-    sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), 0.01)
+    sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), hypervolume_error=0.01)
     write_front(folder, replace(front, best=True))
     sink.log_best_front()
     sink.log_front(replace(front, hypervolume_error=0.02), "none")
