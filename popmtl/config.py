@@ -146,7 +146,7 @@ def _try_optimizer(name: str, arguments: Mapping[str, Any]) -> Optimizer:
 
 
 class _Component(BaseModel):
-    """Something chosen by name; all keys that it does not know are its arguments, and keys without a value are left out."""
+    """Something chosen by name; keys that it does not know are its arguments, and keys without a value are left out."""
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 

@@ -25,7 +25,7 @@ from popmtl.distributed.mixing.timed import Timed
 from popmtl.distributed.placement import describe_actor
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.profile import Profile
-from popmtl.method.curves import Sums
+from popmtl.method.curves import Told
 from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
@@ -56,7 +56,7 @@ class Steps:
     seconds: float
     waited: float
     departures: Sequence[Departure]
-    curves: Sums
+    curves: Told
     stability: NDArray[np.float64] | None = None
     traced: str | None = None
 
@@ -224,7 +224,7 @@ class SubproblemActor:
         traced = self.profile.outcome if self.profile else None
         if traced:
             self.profile = None
-        curves = self.block.take_curves(self.fine_tuning.optimizers if self.fine_tuning else None)
+        curves = self.block.curves.take()
         return Steps(losses, seconds, waited, self.block.take_departures(), curves, stability, traced)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
@@ -252,9 +252,8 @@ class SubproblemActor:
         """Has the rows as they were at a checkpoint of MTGD."""
         named = {file.name: file for file in files}
         mine = [named[subproblem_file(i)] for i in self.block.subproblems]
-        put(
-            self.block, self.block.optimizers, [RowState(*read_tensors(self.folder, checkpoint, file)) for file in mine]
-        )
+        for i, file in enumerate(mine):
+            put_model(self.block, i, RowState(*read_tensors(self.folder, checkpoint, file)))
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """The state of the model of row i of this actor's rows."""

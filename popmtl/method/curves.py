@@ -6,14 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 LEARNING_RATE, GRADIENT_NORM = "learning_rate", "gradient_norm"
 
+Told = Mapping[str, NDArray[np.float64]]
+"""For each curve its values, shape (steps, k); NaN where a row told nothing at a step."""
+
 
 class Curves:
-    """Sums over the steps of k rows."""
+    """The values of k rows, step by step, until they are taken."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -21,66 +26,63 @@ class Curves:
 
     def _begin(self) -> None:
         self.squares = [0.0] * self.rows
-        self.norms = [0.0] * self.rows
-        self.steps = 0
-        self.reported: dict[str, tuple[Tensor, Tensor]] = {}
+        self.norms: list[list[float]] = []
+        self.rates: list[list[float]] = []
+        self.reported: dict[str, list[tuple[int, int | slice, Tensor]]] = {}
 
     def gradient_norms(self, norms: Sequence[float]) -> None:
         """Takes the norms of some columns of the rows' gradients, before they are clipped; those of a step add up."""
         self.squares = [square + norm * norm for square, norm in zip(self.squares, norms, strict=True)]
 
-    def count(self) -> None:
-        """A step is over."""
-        self.norms = [total + math.sqrt(square) for total, square in zip(self.norms, self.squares, strict=True)]
-        self.squares = [0.0] * self.rows
-        self.steps += 1
-
     def report(self, rows: int | slice, scalars: Mapping[str, Any]) -> None:
         """Takes what the losses of one row, or of all, report beside themselves."""
         for name, value in scalars.items():
-            value = torch.as_tensor(value).detach().double()
-            if name not in self.reported:
-                zeros = torch.zeros(self.rows, dtype=torch.float64, device=value.device)
-                self.reported[name] = zeros, zeros.clone()
-            total, count = self.reported[name]
-            total[rows] += value
-            count[rows] += 1
+            told = torch.as_tensor(value).detach().double()
+            self.reported.setdefault(name, []).append((len(self.norms), rows, told))
 
-    def take(self, rates: Sequence[float]) -> Sums:
-        """For each curve the sum and count of every row since the last call; nothing if no step was taken.
+    def count(self, rates: list[float]) -> None:
+        """A step is over, which the rows took at these learning rates."""
+        self.norms.append([math.sqrt(square) for square in self.squares])
+        self.rates.append(rates)
+        self.squares = [0.0] * self.rows
 
-        Args:
-            rates: the rows' learning rates now.
-        """
-        if not self.steps:
-            return {}
-        taken = {
-            LEARNING_RATE: [(rate * self.steps, float(self.steps)) for rate in rates],
-            GRADIENT_NORM: [(norm, float(self.steps)) for norm in self.norms],
-        }
-        for name, (total, count) in self.reported.items():
-            taken[name] = list(zip(total.tolist(), count.tolist(), strict=True))
+    def take(self) -> Told:
+        """The values since the last call; of several batches a step, what losses reported is their mean."""
+        shape = len(self.norms), self.rows
+        taken = {LEARNING_RATE: np.array(self.rates), GRADIENT_NORM: np.array(self.norms)} if self.norms else {}
+        for name, told in self.reported.items():
+            totals, counts = np.zeros(shape), np.zeros(shape)
+            values = torch.cat([value.flatten() for _, _, value in told]).tolist()  # waits for the device once
+            place = 0
+            for step, rows, value in told:
+                totals[step, rows] += values[place] if value.ndim == 0 else values[place : place + value.numel()]
+                counts[step, rows] += 1
+                place += value.numel()
+            taken[name] = np.divide(totals, counts, out=np.full(shape, math.nan), where=counts > 0)
         self._begin()
         return taken
 
 
-Sums = Mapping[str, Sequence[tuple[float, float]]]
-"""For each curve the sum and the count of every row; see `Curves.take`."""
-
-
 class Means:
-    """Means of the curves of a whole population, from one evaluation to the next."""
+    """Means of the curves of a whole population, from one evaluation to the next.
+
+    Steps are added one by one, so that the means are the same however they come, and bit for bit after a resume.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
         self.sums: dict[str, list[tuple[float, float]]] = {}
 
-    def add(self, subproblems: Sequence[int], sums: Sums) -> None:
+    def add(self, subproblems: Sequence[int], told: Told) -> None:
         """Adds what the rows of these subproblems have told."""
-        for name, taken in sums.items():
+        for name, values in told.items():
             mine = self.sums.setdefault(name, [(0.0, 0.0)] * self.rows)
-            for i, (total, count) in zip(subproblems, taken, strict=True):
-                mine[i] = mine[i][0] + total, mine[i][1] + count
+            for i, of_row in zip(subproblems, values.T.tolist(), strict=True):
+                total, count = mine[i]
+                for value in of_row:
+                    if not math.isnan(value):
+                        total, count = total + value, count + 1
+                mine[i] = total, count
 
     def take(self) -> dict[str, list[float | None]]:
         """The means since the last call, of every row; None where a row has told nothing."""

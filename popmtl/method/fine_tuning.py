@@ -135,6 +135,7 @@ class FineTuning:
         """One aligned step of every row; returns the losses, shape (k, m)."""
         block, n = self.block, self.recipe.accumulate
         losses = torch.full_like(block.weights, math.nan)
+        rates = self.optimizers.rates()
         block.gradient_rows.begin()
         differentiate = self.align_ub if self.recipe.variant == "ub" else self.align_exact
         for i in range(len(block.models)):
@@ -153,7 +154,7 @@ class FineTuning:
         block.take_out(losses, t, bucket, self.recipe.clip)
         block.update(bucket, self.optimizers)
         block.project()
-        block.curves.count()
+        block.curves.count(rates)
         return losses
 
     def snapshot(self) -> list[RowState]:

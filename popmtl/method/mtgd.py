@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from popmtl.method.buckets import Arrivals, Bucket, make_buckets
 from popmtl.method.compiled import Compiled
-from popmtl.method.curves import Curves, Sums
+from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows, Rows
 from popmtl.method.gradients import GradientMethod, find_shared, task_gradients
@@ -157,7 +157,7 @@ class Block:
         layout: of a row.
         buckets: the columns that step together; more than one only where adapt_then_combine overlaps.
         optimizers: of the rows.
-        curves: what the steps since the last `take_curves` told of themselves.
+        curves: what steps told of themselves, until that is taken.
         out: for each row, whether it is out of the population.
         departures: of rows, since they were last taken from this list.
     """
@@ -359,7 +359,7 @@ class Block:
         Of several batches a step, losses and gradients are means.
         """
         losses = torch.zeros_like(self.weights)
-        taken = self.gradient_rows
+        rates, taken = self.optimizers.rates(), self.gradient_rows
         taken.begin()
 
         def complete(bucket: Bucket) -> None:
@@ -387,7 +387,7 @@ class Block:
                 taken.collect(rows, leaves)
         for bucket in self.buckets[done:]:
             complete(bucket)
-        self.curves.count()
+        self.curves.count(rates)
         return losses
 
     def _overlaps(self) -> bool:
@@ -527,10 +527,6 @@ class Block:
         """The rows that left since the last call."""
         departures, self.departures = self.departures, []
         return departures
-
-    def take_curves(self, optimizers: Optimizers | None = None) -> Sums:
-        """What the steps since the last call, by these optimizers or the block's, told of themselves; see `Curves`."""
-        return self.curves.take([(optimizers or self.optimizers).rate(i) for i in range(len(self.models))])
 
     def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
         """Row i is in again: parameters and buffers as given, by name, its optimizer without memory."""

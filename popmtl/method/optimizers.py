@@ -460,9 +460,11 @@ class Optimizers:
         for optimizer, _ in self.whole:
             optimizer.state.pop(optimizer.param_groups[0]["params"][i], None)
 
-    def rate(self, i: int) -> float:
-        """Row i's learning rate: that of the first group."""
-        return self.members[i].rate() if self.members else float(self.whole[0][0].param_groups[0]["lr"])
+    def rates(self) -> list[float]:
+        """The rows' learning rates now: those of the first group."""
+        if self.members:
+            return [member.rate() for member in self.members]
+        return [float(self.whole[0][0].param_groups[0]["lr"])] * len(self.models)
 
     def moments(self, index: int, names: Sequence[str]) -> list[list[Tensor]]:
         """Moments of the columns of a bucket that transfer: for each name, k tensors of shape (mixed,), to change.

@@ -93,7 +93,7 @@ def train_population(
     began = time.monotonic()
     while chunk := course.next_chunk():
         block.run(chunk)
-        course.means.add(block.subproblems, block.take_curves())
+        course.means.add(block.subproblems, block.curves.take())
         course.leave(block.take_departures())
         since, began = began, time.monotonic()
         if course.advance(chunk, began - since):
