@@ -133,7 +133,7 @@ def test_a_dry_run_follows_the_config(plan_of):
         ({"problem": "user_problems:NanFromTheStart"}, "objective right is nan at the initial model"),
         ({"problem": "user_problems:NoParameters"}, "no trainable parameters"),
         ({"problem": "user_problems:IgnoresTheModel"}, "the losses do not depend on the model's parameters"),
-        ({"problem": "user_problems:NoBatches"}, "the training batches ended at once"),
+        ({"problem": "user_problems:NoBatches"}, "NoBatches.batches gives no batches"),
         ({"problem": "user_problems:FewBatches"}, "FewBatches.batches gives 3 batches, and 1000 are needed"),
         ({"resources": {"max_actors": 4096}}, "resources.max_actors: 4096 actors of 1 CPU do not fit"),
         ({"resources": {"cpus_per_actor": 4096}}, "resources: an actor takes 4096 CPU"),

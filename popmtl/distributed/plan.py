@@ -237,7 +237,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     M = _about("transfer", lambda: _coefficients(config, W))
     recipe = Recipe(
         optimizer=config.train.optimizer.build(),
-        lr_schedule=build_schedule(config.train.lr_schedule, config.train.steps),
+        lr_schedule=build_schedule(config.train.lr_schedule, config.train.steps) if config.train.steps else None,
         scalarization=config.scalarization.build(),
         gradient=config.train.gradient.build(m) if config.train.gradient else None,
         order=config.transfer.order,

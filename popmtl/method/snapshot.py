@@ -91,12 +91,12 @@ def put_model(block: Block, i: int, state: RowState) -> None:
         ValueError: the state is not of such a row.
     """
     model, row = block.models[i], state.tensors["row"]
+    if row.shape != block.rows[i].shape:
+        raise ValueError(f"subproblem {block.subproblems[i]}: row is not that of this model")
     own = {n.removeprefix("buffers/"): value for n, value in state.tensors.items() if n.startswith("buffers/")}
     modules = dict(model.named_modules())
     strange = [f"buffers/{name}" for name in own if name.rpartition(".")[0] not in modules]
     strange += [name for name in state.numbers["buffers"] if name not in state.tensors]
-    if row.shape != block.rows[i].shape:
-        strange.append("row")
     if strange:
         raise ValueError(f"subproblem {block.subproblems[i]}: {sorted(strange)[0]} is not that of this model")
     block.rows[i] = row.to(block.rows)

@@ -132,7 +132,7 @@ def compare_updates(trained: Block, plans: dict[str, RunPlan], ideal: np.ndarray
         updates = []
         for align in (exact.align_exact, ub.align_ub):
             align.__self__.block.gradients.zero_()
-            align(i, batch, t)
+            align(i, [batch], t)
             updates.append(align.__self__.block.gradients[i, exact.shared].double())
         norms = [float(update.norm()) for update in updates]
         if all(norms):
