@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,8 @@ from popmtl.runs.storage import is_remote
 T = TypeVar("T")
 Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
-"""What MLflow takes as the name of a metric."""
+"""What MLflow takes as the name of a metric, where it also is a path that stays as it is."""
+LONGEST_NAME = 200
 
 SPLITS: tuple[Split, Split] = ("validation", "test")
 
@@ -415,10 +417,15 @@ def _draws(recipe: Recipe, aligned: AlignedRecipe | None, steps: int) -> int:
 
 def _check_names(config: Config, names: Iterable[str]) -> None:
     for name in names:
-        if not NAME.fullmatch(name):
+        # MLflow refuses what would be another path, or none, as a file's name.
+        plain = (
+            isinstance(name, str) and posixpath.normpath(name) == name and name != "." and name[:2] not in ("..", "")
+        )
+        if not plain or name.startswith("/") or not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
             raise RequestError(
                 f"problem {config.problem.name}: {name!r} cannot be logged; names of objectives, metrics and scalars "
-                "have letters, digits, spaces and _-.:/ only"
+                f"have letters, digits, spaces and _-.:/ only, {LONGEST_NAME} at most, and no empty or dotted parts of "
+                "a path"
             )
 
 
