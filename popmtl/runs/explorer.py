@@ -15,7 +15,7 @@ from popmtl.runs.front import Front
 # More points than the picture of the hypervolume is wide would only make the page large.
 POINTS = 400
 # Significant digits of what is only shown, with at most four of them. What is chosen by has all its digits.
-DIGITS = 9
+DIGITS = 7
 # Characters that could end the script element which holds the data, or a line of it.
 UNSAFE = "<\u2028\u2029"
 
@@ -83,7 +83,7 @@ def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | N
             }
             for member, chosen_by, report in zip(front.members, figures, reports, strict=True)
         ],
-        "history": [_shown(entry) for entry in _thinned(history)],
+        "history": _thinned(history),
         "run": loading.run,
         "fromBest": front.best,
         "models": loading.models,
@@ -104,5 +104,5 @@ def _thinned(history: Sequence[Sequence[float | None]]) -> Sequence[Sequence[flo
 
 
 def _shown(values: Sequence[float | None]) -> list[float | None]:
-    """The values with `DIGITS` digits, integers as they are: half the length in the page."""
+    """The values with `DIGITS` digits, integers as they are: half as long in the page."""
     return [float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for value in values]

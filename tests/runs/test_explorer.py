@@ -651,7 +651,7 @@ def test_text_stands_out(opened, scheme):
 
 
 def test_the_page_is_small():
-    history = [(step, volume, 0.0123456789) for step, volume in HISTORY]
+    history = [(step, volume, volume / 17) for step, volume in HISTORY]
     for front in (with_metrics(curved(7, 64)), with_both_splits(curved(7, 64))):
         assert len(explorer_page(front, "A run", history, LOADING).encode()) < 100_000
 
