@@ -242,7 +242,7 @@ Schedules = (
     | None
 )
 
-WALKED = 100_000
+WALKED = 2_000_000
 """Steps of a schedule, at most, that are taken to see whether it can take them; some microseconds each."""
 
 

@@ -558,7 +558,10 @@ class Coordinator:
         validation = await self._final_validation(fine_tuned)
         front = self._front(course, evaluations, validation, steps, fine_tuned)
         if plan.config.front.best and course.best.step != steps:
-            await self._write_best()
+            try:
+                await self._write_best()
+            except (ActorLost, RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
+                self._event("no best front", step=course.best.step, why=describe_failure(error))
         # Last: a reader takes the presence of front.json for the end of the run.
         await asyncio.to_thread(write_front, self.folder, front)
         if self.sink:
@@ -584,7 +587,6 @@ class Coordinator:
                 continue
             evaluations, validation = await self._evaluations("test"), await self._evaluations("validation")
             await self._write_models(then, BEST)
-            validation = await self._evaluations("validation")
             front = replace(self._front(then, evaluations, validation, step, ()), best=True)
             await asyncio.to_thread(write_front, self.folder, front)
             if self.sink:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from popmtl.config import Config, build_schedule, decisive, taken, with_defaults
+from popmtl.config import Config, build_schedule, decisive, single_task, taken, with_defaults
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
 from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Nodes, Placement, place
@@ -291,6 +291,8 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
     warnings += problem.notices
+    if config.baseline == SINGLE_TASK:
+        _about("baseline", lambda: single_task(config, m))
     return RunPlan(
         config=config,
         objectives=objectives,
@@ -495,7 +497,7 @@ def _transport(
     return Transport(name, why, overlap, bucket_bytes)
 
 
-def _about(key: str, make: Callable[[], Matrix]) -> Matrix:
+def _about(key: str, make: Callable[[], T]) -> T:
     """What `make` returns; its complaint, if it has one, with the key that it is about."""
     try:
         return make()

@@ -253,7 +253,9 @@ class SubproblemActor:
         named = {file.name: file for file in files}
         mine = [named[subproblem_file(i)] for i in self.block.subproblems]
         for i, file in enumerate(mine):
-            put_model(self.block, i, RowState(*read_tensors(self.folder, checkpoint, file)))
+            state = RowState(*read_tensors(self.folder, checkpoint, file))
+            put_model(self.block, i, state)
+            self.block.out[i] = state.numbers["out"]
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """The state of the model of row i of this actor's rows."""

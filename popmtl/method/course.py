@@ -181,6 +181,7 @@ class Course:
             "curves": {name: list(sums) for name, sums in self.means.sums.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "stop": asdict(self.stop),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -198,7 +199,9 @@ class Course:
         self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
         self.reseeds = list(state["reseeds"])
         self.means.sums = {n: [(total, count) for total, count in sums] for n, sums in state["curves"].items()}
-        self.seconds, self.stopped = state.get("seconds", 0.0), state.get("stopped")  # earlier versions did not stop
+        self.seconds = state["seconds"]
+        # With other conditions than it had, a course that stopped goes on until these stop it.
+        self.stopped = state["stopped"] if state["stop"] == asdict(self.stop) else None
 
     def next_chunk(self, longest: int | None = None) -> Chunk | None:
         """The steps up to the next evaluation, or `longest` of them; None when they are done, or it stopped."""

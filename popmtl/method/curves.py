@@ -52,7 +52,9 @@ class Curves:
         taken = {LEARNING_RATE: np.array(self.rates), GRADIENT_NORM: np.array(self.norms)} if self.norms else {}
         for name, told in self.reported.items():
             totals, counts = np.zeros(shape), np.zeros(shape)
-            values = torch.cat([value.flatten() for _, _, value in told]).tolist()  # waits for the device once
+            device = max((value.device for _, _, value in told), key=lambda device: device.type != "cpu")
+            flat = [value.flatten().to(device) for _, _, value in told]
+            values = torch.cat(flat).tolist()  # waits for the device once
             place = 0
             for step, rows, value in told:
                 totals[step, rows] += values[place] if value.ndim == 0 else values[place : place + value.numel()]

@@ -76,7 +76,7 @@ class GradientRows:
         has = list(had)
         copied: tuple[list[Tensor], list[Tensor]] = [], []
         added: tuple[list[Tensor], list[Tensor]] = [], []
-        for p in which or range(len(views)):
+        for p in range(len(views)) if which is None else which:
             gradient = leaves[p].grad
             if gradient is None:
                 if not had[p]:

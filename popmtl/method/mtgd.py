@@ -50,7 +50,7 @@ from popmtl.method.replica import (
     replicate,
 )
 from popmtl.method.scalarization import Scalarization
-from popmtl.method.stacked import Execution, NotStackable, Stacked, choose
+from popmtl.method.stacked import Execution, NotStackable, Stacked, choose, why_not_stacked
 from popmtl.method.streams import Examination, Feed, Stream
 
 Order = Literal["consensus", "adapt_then_combine"]
@@ -191,12 +191,14 @@ class Block:
         self.layout = Layout.of(model, problem.transfers)
         count = len(self.subproblems)
         self.initial = initial_constants(model, self.layout.names)
-        self.models: list[nn.Module] = replicate(model, problem, recipe.seed, recipe.dtype, count, recipe.replication)
+        self.models: list[nn.Module] = []
         shape = (count, self.layout.size)
         self.rows = torch.empty(shape, dtype=recipe.dtype, device=device) if rows is None else rows
         self.gradients = torch.zeros_like(self.rows)
-        for module, row in zip(self.models, self.rows, strict=True):
-            self.layout.bind(module, row)
+        replicas = replicate(model, problem, recipe.seed, recipe.dtype, count, recipe.replication)
+        for replica, row in zip(replicas, self.rows, strict=True):  # one by one: each has its own parameters
+            self.layout.bind(replica, row)
+            self.models.append(replica)
         self.weights = torch.as_tensor(W[self.subproblems], dtype=recipe.dtype, device=device)
         self.seeds = [subproblem_seed(recipe.seed, i) for i in self.subproblems]
         self.seeders = seeders(recipe.generators, self.rows.device)
@@ -253,12 +255,16 @@ class Block:
             return "loop: asked for"
         if self.gradient_method:
             return "loop: each loss has a gradient of its own"
-        choice = choose(self)
-        if choice.execution == "stacked" or (execution == "stacked" and choice.stacked_seconds is not None):
+        if execution == "stacked":
+            why = why_not_stacked(self) if len(self.models) > 1 else "one row"
+            chosen, why = ("loop", f"loop: {why}") if why else ("stacked", "stacked: asked for")
+        else:
+            choice = choose(self)
+            chosen, why = choice.execution, choice.why
+        if chosen == "stacked":
             self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, compiled=self.recipe.compiled)
             self._watch(self.stacked.leaves)
-            return "stacked: asked for" if execution == "stacked" else choice.why
-        return choice.why
+        return why
 
     def _watch(self, leaves: Mapping[str, Tensor]) -> None:
         """Has the gradients of the last backward pass of a step, those of these tensors, complete the buckets."""
@@ -571,7 +577,9 @@ class Block:
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """Row i's model, parameters and buffers by name, as arrays of its own; see `exported`."""
-        return {name: value.cpu().clone().numpy() for name, value in exported(self.models[i]).items()}
+        # numpy has no bfloat16, which a buffer may have come to be under autocast.
+        found = {n: v.float() if v.dtype == torch.bfloat16 else v for n, v in exported(self.models[i]).items()}
+        return {name: value.cpu().clone().numpy() for name, value in found.items()}
 
 
 def subproblem_seed(seed: int, subproblem: int) -> int:

@@ -143,7 +143,10 @@ def make_optimizers(
 
 def entrywise(make: MakeOptimizer) -> bool:
     """Whether an optimizer treats each entry of a row alone, and all alike, so that it may step whole rows."""
-    return type(make([torch.zeros(1, requires_grad=True)])) in ENTRYWISE
+    try:
+        return type(make([torch.zeros(1, requires_grad=True)])) in ENTRYWISE
+    except ValueError:  # one that takes no parameter of one dimension, such as Muon
+        return False
 
 
 def steps_whole_rows(
@@ -154,10 +157,7 @@ def steps_whole_rows(
     model: nn.Module,
 ) -> bool:
     """Whether stepping whole rows equals stepping the model's parameters, as long as all of them have gradients."""
-    try:
-        if groups or problem.parameter_groups(model) is not None or not entrywise(make):
-            return False
-    except ValueError:  # an optimizer that takes no parameter of one dimension, such as Muon
+    if groups or problem.parameter_groups(model) is not None or not entrywise(make):
         return False
     if lr_schedule is None:
         return True
@@ -239,14 +239,18 @@ class Member:
             optimizer.state.clear()
             for name, memory in state["state"].items():
                 optimizer.state[parameter_of[name]] = {
-                    key: _at_home(key, value, parameter_of[name]) for key, value in memory.items()
+                    key: _at_home(key, value, parameter_of[name], optimizer) for key, value in memory.items()
                 }
             _resume_schedule(optimizer, self.schedules[i : i + 1], state)
 
 
-def _at_home(key: str, value: Any, parameter: Tensor) -> Any:
-    """A value of an optimizer's memory, on its parameter's device; counts of steps stay on the CPU, as in torch."""
-    if not isinstance(value, Tensor) or key == "step":
+def _at_home(key: str, value: Any, parameter: Tensor, optimizer: Optimizer) -> Any:
+    """A value of an optimizer's memory, on its parameter's device; counts of steps stay on the CPU, as in torch.
+
+    A fused or capturable optimizer has these on the device, too.
+    """
+    on_device = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
+    if not isinstance(value, Tensor) or (key == "step" and not on_device):
         return value.clone() if isinstance(value, Tensor) else value
     return value.to(parameter.device, copy=True)
 
@@ -269,7 +273,7 @@ def _resume_schedule(optimizer: Optimizer, schedules: Sequence[LRScheduler], sav
         if _arguments(schedule.state_dict()) != _arguments(saved["schedule"]):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                for _ in range(saved["schedule"]["last_epoch"]):
+                for _ in range(saved["schedule"]["last_epoch"] - schedule.last_epoch):
                     schedule.step()
             return
         schedule.load_state_dict(saved["schedule"])
@@ -398,8 +402,9 @@ class Optimizers:
         for index in bucket.parameters if state else ():
             parameter = member.parameters[index]
             part = slice(column - bucket.first, column - bucket.first + parameter.numel())
-            member.optimizers[0].state[parameter] = {
-                key: _at_home(key, value if _is_scalar(value) else value[part].view_as(parameter), parameter)
+            (optimizer,) = member.optimizers
+            optimizer.state[parameter] = {
+                key: _at_home(key, value if _is_scalar(value) else value[part].view_as(parameter), parameter, optimizer)
                 for key, value in state.items()
             }
             column += parameter.numel()
@@ -447,7 +452,7 @@ class Optimizers:
         for bucket, (optimizer, schedules) in zip(self.buckets, self.whole, strict=True):
             piece = optimizer.param_groups[0]["params"][i]
             optimizer.state[piece] = {
-                key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece)
+                key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece, optimizer)
                 for key, value in whole["state"].items()
             }
             if not i:  # all rows have one
@@ -457,6 +462,7 @@ class Optimizers:
         """Lets row i's optimizers begin without memory."""
         if self.members:
             self.members[i].forget()
+        self.flat_moments = {key: flat for key, flat in self.flat_moments.items() if key[0] != i}
         for optimizer, _ in self.whole:
             optimizer.state.pop(optimizer.param_groups[0]["params"][i], None)
 
@@ -485,7 +491,7 @@ class Optimizers:
         flat = self.flat_moments.setdefault((i, name), torch.zeros_like(self.rows[i]))
         member = self.members[i]
         for parameter, view in zip(member.parameters, self.layout.views(flat).values(), strict=True):
-            state = member.optimizers[0].state.get(parameter)
+            state = next((one.state[parameter] for one in member.optimizers if parameter in one.state), None)
             if state and state[name].data_ptr() != view.data_ptr():
                 state[name] = view.copy_(state[name])
         return flat

@@ -343,7 +343,7 @@ def _attributes(record: Any) -> dict[str, Any]:
     return dict(vars(record))
 
 
-def _children(value: Any, within: bool) -> Iterable[Any]:
+def children(value: Any, within: bool) -> Iterable[Any]:
     """What a batch, or a part of it, holds; of an object within another, unless it is a dataclass, nothing."""
     if isinstance(value, Mapping):
         return value.values()
@@ -362,9 +362,8 @@ def _lengths(batch: Any) -> list[int]:
 def _array_lengths(batch: Any, within: bool = False) -> list[int]:
     if isinstance(batch, Tensor | np.ndarray):
         return [int(batch.shape[0])] if batch.ndim else []
-    children = _children(batch, within)
-    within = within or _is_record(batch)
-    return [length for child in children for length in _array_lengths(child, within)]
+    inside = within or _is_record(batch)
+    return [length for child in children(batch, within) for length in _array_lengths(child, inside)]
 
 
 def _list_lengths(batch: Any) -> list[int]:

@@ -44,11 +44,14 @@ from popmtl.method.replica import (
 )
 from popmtl.method.snapshot import RowState, put, take
 from popmtl.method.stacked import why_not_stacked
-from popmtl.method.streams import Examination, first_batch, kept_generators, seed_generators
+from popmtl.method.streams import Examination, Stream, first_batch, kept_generators, seed_generators
 
 STEPS = 3
 LONG = 1.0
 """Seconds of one forward and backward pass, beyond which one step of one row is all that is rehearsed."""
+
+LARGE = 20_000_000
+"""Parameters of a model, beyond which one row is rehearsed: it takes some twenty times their memory."""
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """How far results may differ by rounding, relative to the largest of their kind."""
@@ -141,9 +144,9 @@ def rehearse(
     with kept_generators():
         model = _starts_alike(problem, recipe)
         recipe, warnings = _share(problem, recipe, aligned)
-        reached = _glance(problem, model, recipe)
+        reached = _take_gradients(problem, model, recipe)
         started = time.perf_counter()
-        _glance(problem, model, recipe)
+        _take_gradients(problem, model, recipe)
         short = time.perf_counter() - started > LONG
         if mixes:
             _refuse_jumps(problem, model, recipe)
@@ -155,11 +158,14 @@ def rehearse(
 
         try:
             return rehearsed("copy")
-        except Exception as error:  # noqa: BLE001 - deepcopy may raise anything
-            try:
-                return rehearsed("build")
-            except Exception as again:  # noqa: BLE001
-                raise again if not isinstance(error, Mismatch) else error from None
+        except Exception as error:  # noqa: BLE001 - a copy may lose anything; the error, with its frames, ends here
+            differs = str(error) if isinstance(error, Mismatch) else None
+        try:
+            return rehearsed("build")
+        except Mismatch:
+            if differs:
+                raise Mismatch(differs) from None
+            raise
 
 
 def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
@@ -210,12 +216,20 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
     ]
 
 
-def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
-    """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient."""
-    batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
-    f, scalars = parted(problem.losses(model, batch))
-    check_losses(f, problem)
-    check_scalars(scalars)
+def _take_gradients(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
+    """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient.
+
+    The first of a few batches that has any label is taken.
+    """
+    stream = Stream(problem, recipe.seed, seeded=seed_generators)
+    for look in range(LOOKED_AT):
+        f, scalars = parted(problem.losses(model, to_model(stream.draw(), next(model.parameters()))))
+        check_losses(f, problem)
+        check_scalars(scalars)
+        if f.requires_grad:
+            break
+        if look + 1 == LOOKED_AT:
+            raise ValueError("the losses do not depend on the model's parameters")
     model.zero_grad(set_to_none=True)
     f.sum().backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -310,10 +324,11 @@ class _Rehearsing:
         self.W = W
         self.rows = sorted({0, len(W) - 1})
         self.short = short
-        if short:
-            self.rows = self.rows[:1]
-        self.own = [initial_model(problem, recipe.seed, recipe.dtype) for _ in self.rows]
+        self.own = [initial_model(problem, recipe.seed, recipe.dtype)]
         self.layout = Layout.of(self.own[0], problem.transfers)
+        if short or self.layout.size > LARGE:
+            self.rows = self.rows[:1]
+        self.own += [initial_model(problem, recipe.seed, recipe.dtype) for _ in self.rows[1:]]
         self.examined = examined and replace(examined, ahead=False)
         self.block = Block(problem, self.rows, W, self.recipe, examined=self.examined)
         self.members = [
@@ -367,7 +382,9 @@ class _Rehearsing:
         self._compare_evaluation()
         if not self.short and not any(block.out):
             self._read_back(kept, ideal)
-        optimizer_bytes = sum(t.nbytes for n, t in take(block, block.optimizers)[0].tensors.items() if "optimizer" in n)
+        optimizer_bytes = sum(
+            t.nbytes for n, t in take(block, block.optimizers)[0].tensors.items() if n.startswith("optimizer/")
+        )
         model = block.models[0]
         own = sum(value.nbytes for value in own_constants(model, block.initial, self.layout.names).values())
         constant = sum(value.nbytes for value in block.initial.values()) - own
@@ -425,7 +442,7 @@ class _Rehearsing:
         if any(block.out):
             if not t:
                 f = losses[block.out.index(True)]
-                check_losses(f.requires_grad_(), self.problem)
+                check_losses(f, self.problem)
                 raise ValueError(block.departures[0].why)
             return False
         for i, model in enumerate(self.own):
@@ -700,8 +717,6 @@ def check_losses(losses: object, problem: Problem) -> None:
     for objective, value in zip(problem.objectives, losses.tolist(), strict=True):
         if not math.isfinite(value):
             raise ValueError(f"objective {objective} is {value} at the initial model")
-    if not losses.requires_grad:
-        raise ValueError("the losses do not depend on the model's parameters")
 
 
 def check_scalars(scalars: Mapping[str, Any]) -> set[str]:
@@ -735,16 +750,15 @@ def _copied(batch: Any) -> Any:
 
 
 def _random_states() -> tuple[Any, Any, Any]:
-    state = np.random.get_state(legacy=False)
-    keys = state["state"]["key"].tobytes()
-    return torch.get_rng_state(), (keys, state["state"]["pos"]), random.getstate()
+    """The states of the global generators of torch, numpy and Python, to compare and to restore."""
+    kind, keys, *rest = np.random.get_state()
+    return torch.get_rng_state(), (kind, bytes(np.asarray(keys)), *rest), random.getstate()
 
 
 def _set_random_states(states: tuple[Any, Any, Any]) -> None:
     torch.set_rng_state(states[0])
-    keys, position = states[1]
-    state = {"key": np.frombuffer(keys, dtype=np.uint32), "pos": position}
-    np.random.set_state({"bit_generator": "MT19937", "state": state, "has_gauss": 0, "gauss": 0.0})
+    kind, keys, position, has_gauss, gauss = states[1]
+    np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, gauss))
     random.setstate(states[2])
 
 

@@ -33,7 +33,7 @@ def initial_model(problem: Problem, seed: int, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: not a module, or one with lazy parameters.
     """
-    return cast(model_as_written(problem, seed), dtype)
+    return own_memory(cast(model_as_written(problem, seed), dtype))
 
 
 def model_as_written(problem: Problem, seed: int) -> nn.Module:
@@ -71,7 +71,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def replicate(
     model: nn.Module, problem: Problem, seed: int, dtype: torch.dtype, count: int, replication: Replication
-) -> list[nn.Module]:
+) -> Iterator[nn.Module]:
     """So many models that start like the given one, on its device.
 
     Args:
@@ -83,24 +83,25 @@ def replicate(
         replication: "copy" for deep copies; "build" for a call of `problem.model` each, which also serves modules that
             cannot be copied, or whose functions hold on to the module that they were defined with.
     """
-    if replication == "copy":
-        return [copied(model) for _ in range(count)]
     device = next(model.parameters()).device
-    replicas = []
     for _ in range(count):
-        replica = initial_model(problem, seed, dtype).to(device)
-        share_constants(replica, model)
-        replicas.append(replica)
-    return replicas
+        if replication == "copy":
+            yield copied(model)
+        else:
+            replica = initial_model(problem, seed, dtype).to(device)
+            share_constants(replica, model)
+            yield replica
 
 
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy whose frozen parameters and buffers are copy-on-write; activations that modules keep are cut off."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # a trained one is a view of a row, in memory that must stay where it is
-            memo[id(parameter)] = type(parameter)(torch._lazy_clone(parameter.detach()), False)
-    memo |= {id(buffer): torch._lazy_clone(buffer.detach()) for buffer in model.buffers()}
+        if type(parameter) is not nn.Parameter:  # such as a quantized one, which may be more than its data
+            memo[id(parameter)] = copy.deepcopy(parameter) if parameter.requires_grad else parameter
+        elif not parameter.requires_grad:  # a trained one is a view of a row, in memory that must stay where it is
+            memo[id(parameter)] = nn.Parameter(copy_on_write(parameter.detach()), False)
+    memo |= {id(buffer): copy_on_write(buffer.detach()) for buffer in model.buffers()}
     for module in model.modules():
         for value in tensors_in(attributes(module)):
             if id(value) not in memo and value.grad_fn is not None:
@@ -113,11 +114,31 @@ def share_constants(replica: nn.Module, model: nn.Module) -> None:
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in replica.named_parameters():
         if name in frozen and parameter.shape == frozen[name].shape:
-            parameter.data = torch._lazy_clone(frozen[name].detach())
+            parameter.data = copy_on_write(frozen[name].detach())
     buffers = dict(model.named_buffers())
     for name, buffer in replica.named_buffers():
         if name in buffers and buffer.shape == buffers[name].shape:
-            buffer.data = torch._lazy_clone(buffers[name].detach())
+            buffer.data = copy_on_write(buffers[name].detach())
+
+
+def copy_on_write(value: Tensor) -> Tensor:
+    """A copy that shares the memory of a tensor until one of the two is written to.
+
+    Memory that is not torch's own, such as numpy's or a mapped file's, is copied at once.
+    """
+    try:
+        return torch._lazy_clone(value)
+    except RuntimeError:
+        return value.clone()
+
+
+def own_memory(model: nn.Module) -> nn.Module:
+    """The model, its frozen parameters and buffers in memory that can be copy-on-write."""
+    for value in [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]:
+        shared = copy_on_write(value.detach())
+        if not share_memory(shared, value):
+            value.data = shared
+    return model
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
@@ -149,7 +170,7 @@ def own_constants(model: nn.Module, initial: Mapping[str, Tensor], trained: Coll
 
 def initial_constants(model: nn.Module, trained: Collection[str]) -> dict[str, Tensor]:
     """The constants of a model, to be kept copy-on-write."""
-    return {name: torch._lazy_clone(value) for name, value in constants(model, trained).items()}
+    return {name: copy_on_write(value) for name, value in constants(model, trained).items()}
 
 
 def set_constants(
@@ -167,7 +188,7 @@ def set_constants(
         elif name in initial:
             if share_memory(present[name], initial[name]):
                 continue
-            value = torch._lazy_clone(initial[name])
+            value = copy_on_write(initial[name])
         else:
             continue  # filled since, and filled again when it is needed
         place = present.get(name)
@@ -214,28 +235,39 @@ def exported(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_exported(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Makes a model what `exported` saw, in place.
+    """Makes a model what `exported` saw, in place; what is equal already is not written to, and stays shared.
 
     Raises:
         RuntimeError: the state is of another model.
     """
-    extra = {name: value for name, value in state.items() if name.rpartition(".")[2] == EXTRA}
-    own = {name: value for name, value in state.items() if name not in extra}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    for name, value in own.items():
-        path, _, leaf = name.rpartition(".")
-        known = name in buffers and buffers[name].shape == value.shape
-        if not known and leaf in model.get_submodule(path)._buffers:  # filled, or reshaped, while it trained
-            setattr(model.get_submodule(path), leaf, value.clone())
+    modules = dict(model.named_modules())
+    extra = {name: value for name, value in state.items() if name.rpartition(".")[2] == EXTRA}
+    expected = {name for name in model.state_dict() if name.rpartition(".")[2] != EXTRA}
+    # A buffer may have been filled, or reshaped, while the model trained.
+    filled = {n for n in state if n.rpartition(".")[2] in getattr(modules.get(n.rpartition(".")[0]), "_buffers", {})}
+    if wrong := sorted((set(state) - set(extra) ^ expected) - filled):
+        raise RuntimeError(f"{wrong[0]} is in one of them only")
+    for name, value in state.items():
+        if name in extra:
+            continue
+        place = parameters.get(name, buffers.get(name))
+        if place is None or (name in buffers and place.shape != value.shape):
+            path, _, leaf = name.rpartition(".")
+            setattr(modules[path], leaf, value.clone())
+        elif place.shape != value.shape:
+            raise RuntimeError(f"{name} has the shape {tuple(value.shape)}, and in the model {tuple(place.shape)}")
+        elif not torch.equal(place.detach(), value.to(place)):
+            place.data.copy_(value)
     for name, value in extra.items():
-        present = model.get_submodule(name.removesuffix(EXTRA).removesuffix(".")).get_extra_state()
-        if not isinstance(present, Tensor):
-            content = json.loads(bytes(value.tolist()))
-            tensors = {key: torch.tensor(t) for key, t in content["tensors"].items()}
-            own[name] = unpack(content["state"], tensors)
-        else:
-            own[name] = value
-    model.load_state_dict(own, strict=True)
+        module = modules[name.removesuffix(EXTRA).removesuffix(".")]
+        if isinstance(module.get_extra_state(), Tensor):
+            module.set_extra_state(value)
+            continue
+        content = json.loads(bytes(value.tolist()))
+        tensors = {key: torch.tensor(t) for key, t in content["tensors"].items()}
+        module.set_extra_state(unpack(content["state"], tensors))
 
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))

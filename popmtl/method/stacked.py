@@ -222,8 +222,7 @@ def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     trial = copy.copy(block)
     trial.feed = block.new_feed()
     batches = [trial.draw(i) for i in range(len(block.models))]
-    for i, batch in enumerate(batches):
-        _refuse_memory(block, i, batch)
+    _refuse_memory(block, batches[0])
     trial.gradients, trial.curves = torch.zeros_like(block.rows), Curves(len(block.models))
     taken = trial.gradient_rows = GradientRows(block.layout, block.models, trial.gradients)
     stacked = Stacked(block.problem, block.layout, block.models[0], block.rows, compiled=block.recipe.compiled)
@@ -271,8 +270,8 @@ def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     return by_loop, by_stack
 
 
-def _refuse_memory(block: Block, i: int, batch: Any) -> None:
-    """Makes sure that row i's model, in a copy, is after a batch what it was before.
+def _refuse_memory(block: Block, batch: Any) -> None:
+    """Makes sure that the first row's model, in a copy, is after a batch what it was before.
 
     Raises:
         NotStackable: it remembers something, naming it.
@@ -280,7 +279,7 @@ def _refuse_memory(block: Block, i: int, batch: Any) -> None:
     for name, parameter in block.models[0].named_parameters():  # the last one has hooks of the buckets
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise NotStackable(f"parameter {name} has hooks")
-    model, trained = copied(block.models[i]), block.layout.names
+    model, trained = copied(block.models[0]), block.layout.names
     state, before = python_state(model), {name: value.clone() for name, value in constants(model, trained).items()}
     with block.autocast():
         parted(block.problem.losses(model, batch))

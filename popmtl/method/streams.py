@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from popmtl.method.problem import Problem
+from popmtl.method.problem import Problem, children
 from popmtl.method.trees import pack, unpack
 
 AHEAD_SECONDS = 1e-3
@@ -404,7 +404,7 @@ def kept_generators() -> Iterator[None]:
     """Puts the states of the global generators back."""
     numpys, pythons = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         np.random.set_state(numpys)
@@ -562,9 +562,10 @@ def _fingerprint() -> Any:
     )
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def _tensors(batch: Any, within: bool = False) -> Iterator[Tensor]:
+    """The tensors of a batch, wherever `to_model` moves them."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
+    else:
+        for child in children(batch, within):
+            yield from _tensors(child, within or not isinstance(batch, Mapping | tuple | list))

@@ -32,7 +32,8 @@ def usable_rows(frame: pd.DataFrame, targets: Sequence[str]) -> tuple[pd.DataFra
     """
     numbers = [name for name in frame.columns if pd.api.types.is_float_dtype(frame[name].dtype)]
     infinite = {name: int(np.isinf(frame[name]).sum()) for name in numbers}
-    frame = frame.assign(**frame[numbers].replace([np.inf, -np.inf], np.nan))
+    frame = frame.copy()
+    frame[numbers] = frame[numbers].replace([np.inf, -np.inf], np.nan)
     notices = [told("infinite values count as missing", infinite)]
     for what, columns in (("empty", list(frame.columns)), ("without any target", list(targets))):
         left = frame.dropna(how="all", subset=columns)
@@ -97,7 +98,9 @@ def without_outliers(
     values = frame[columns].astype(np.float64)
     low, high = (values.iloc[training].quantile(share) for share in (0.25, 0.75))
     reach = (ranges * (high - low)).where(high > low, np.inf)
-    return frame.assign(**values.where((values >= low - reach) & (values <= high + reach)))
+    frame = frame.copy()
+    frame[columns] = values.where((values >= low - reach) & (values <= high + reach))
+    return frame
 
 
 class Inputs:

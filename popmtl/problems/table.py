@@ -104,8 +104,8 @@ class Table(Problem):
             raise RequestError(f"inputs: {both[0]!r} is a target too")
         if unused := [name for name in categorical if name not in inputs]:
             raise RequestError(f"categorical: {unused[0]!r} is no input")
-        frame = frame[[*inputs, *targets]]
-        frame = frame.assign(**frame[targets].apply(_numbers))
+        frame = frame[[*inputs, *targets]].copy()
+        frame[targets] = frame[targets].apply(_numbers)
         check_inputs(frame, inputs, categorical)
         frame, notices = usable_rows(frame, targets)
         rows = split_rows(len(frame), validation, test, data_seed)

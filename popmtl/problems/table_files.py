@@ -100,18 +100,17 @@ def _read_text(text: str, names: Sequence[str]) -> pd.DataFrame:
     separator = separator or max(",;\t|", key=lambda one: _fits(text, one))
     records = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
     header = next(records, [])
-    begin = records.line_num
+    rest = "".join(text.splitlines(keepends=True)[records.line_num :])  # a quoted name may span lines
     first = list(itertools.islice(records, 20))
     if names and not {name.strip() for name in header} & set(names):
-        first, header, begin = [header, *first], list(names), 0
+        first, header, rest = [header, *first], list(names), text
     width = max(len(header), *(len(record) for record in first)) if first else len(header)
     frame = pd.read_csv(
-        io.StringIO(text),
+        io.StringIO(rest),
         sep=separator,
         header=None,
         names=range(width),  # the names themselves may stand twice
         index_col=False,
-        skiprows=begin,
         skip_blank_lines=False,
         skipinitialspace=True,
         na_values=MISSING,
