@@ -43,6 +43,7 @@ from popmtl.method.fine_tuning import STABILITY, FineTuned
 from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
 from popmtl.method.population import metric_columns, objective_matrix
 from popmtl.method.problem import Direction, Evaluation, Split
+from popmtl.method.replica import Marks, first_difference
 from popmtl.method.reseeding import Combination
 from popmtl.method.stacked import Execution
 from popmtl.runs import proof
@@ -99,6 +100,7 @@ class Coordinator:
         self.course = self._new_course()
         self.resumption: Resumption | None = None
         self.executions: list[Execution] | None = None
+        self.constants: Marks | None = None
         self.generation, self.was_ready = 0, False
         self.meeting: str | None = None
         self.pending: tuple[str, dict[str, Any]] | None = None
@@ -246,6 +248,7 @@ class Coordinator:
                     await asyncio.to_thread(set_aside, self.folder, later)
             step = record["step"]
             self.course.restore(record["course"])
+            self.constants = {name: (norm, product) for name, (norm, product) in record["untrained"].items()}
             assert self.course.ideal is not None  # observed before the first step
             files = await asyncio.to_thread(files_of, self.folder, name)
             self.resumption = Resumption(name, files, step, record["fine_tuned"], self.course.ideal)
@@ -268,6 +271,7 @@ class Coordinator:
             "step": step,
             "fine_tuned": fine_tuned,
             "executions": self.executions,
+            "untrained": self.constants,
             "course": self.course.state(),
             "hypervolume": self.course.history[-1].hypervolume,
             "hypervolume_error": self.course.history[-1].hypervolume_error,
@@ -334,8 +338,7 @@ class Coordinator:
         arguments = (self.plan, me, hosts, meeting, self.resumption, self.executions, self.generation)
         executions = await self.crew.all("setup", *arguments, limit="start_timeout")
         self.executions = [execution.partition(":")[0] for execution in executions]
-        if not self.resumption:
-            self._start_alike(await self.crew.all("start"))
+        self._start_alike(await self.crew.all("start"))
         if self.profile:
             await crew.one(0, "trace", self.profile)
         self.was_ready = True
@@ -344,19 +347,25 @@ class Coordinator:
         if max(map(len, self.plan.placement.rows)) > 1:
             self.now = replace(self.now, execution=executions[-1])  # of the actor that has the most rows
 
-    def _start_alike(self, starts: Sequence[Mapping[str, tuple[float, float]]]) -> None:
-        """Makes sure that all actors have built the same initial model, but for rounding on other processors.
+    def _start_alike(self, starts: Sequence[tuple[Marks, Marks]]) -> None:
+        """Makes sure that all actors have built the same initial model, and the one that a checkpoint goes on with.
 
         Raises:
-            RunError: two have not, naming the parameter.
+            RunError: they have not, naming the parameter or buffer.
         """
-        for rank, start in enumerate(starts):
-            for name, (total, norm) in starts[0].items():
-                if not np.allclose(start[name], (total, norm), rtol=1e-3, atol=1e-3 * abs(norm), equal_nan=True):
-                    raise RunError(
-                        f"model() starts differently in actors 0 and {rank}, in {name}: all members must start alike; "
-                        "draw initial values from torch, numpy or random, which are seeded, and not by a set's order"
-                    )
+        untrained = starts[0][1]
+        known = [(0, self.constants, untrained)] if self.constants else []
+        known += [(rank, untrained, start[1]) for rank, start in enumerate(starts)]
+        if not self.resumption:
+            known += [(rank, starts[0][0], start[0]) for rank, start in enumerate(starts)]
+        for rank, expected, found in known:
+            if name := first_difference(expected, found):
+                raise RunError(
+                    f"model() starts differently in actor {rank}, in {name}: all members must start alike, and as "
+                    "before on resuming; draw initial values from torch, numpy or random, which are seeded, and not by "
+                    "a set's order"
+                )
+        self.constants = untrained
 
     async def _catch_up(self) -> None:
         """Has streams without a state drawn again to where they were: in pieces, for as long as all of it takes."""

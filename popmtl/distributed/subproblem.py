@@ -30,6 +30,7 @@ from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
 from popmtl.method.mtgd import Block, Chunk, Departure
 from popmtl.method.problem import Evaluation, Split
+from popmtl.method.replica import Marks, marks
 from popmtl.method.snapshot import RowState, put, put_model, take
 from popmtl.method.stacked import Execution
 from popmtl.problems.registry import load_problem
@@ -146,10 +147,9 @@ class SubproblemActor:
             assert self.aligned is not None  # the same config that wrote it
             self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, states)
 
-    def start(self) -> dict[str, tuple[float, float]]:
-        """Sum and norm of each parameter of the first row, which all actors begin with alike."""
-        views = self.block.layout.views(self.block.rows[0])
-        return {name: (float(view.double().sum()), float(view.double().norm())) for name, view in views.items()}
+    def start(self) -> tuple[Marks, Marks]:
+        """Marks of the first row's parameters, which all actors begin with alike, and of what is not trained."""
+        return marks(self.block.layout.views(self.block.rows[0])), marks(self.block.initial)
 
     def catch_up(self, seconds: float) -> int:
         """Draws again, for nothing, the batches of streams without a state, for so long; how many are left."""

@@ -121,6 +121,34 @@ def share_constants(replica: nn.Module, model: nn.Module) -> None:
             buffer.data = copy_on_write(buffers[name].detach())
 
 
+SAMPLED = 2**20
+
+Marks = dict[str, tuple[float, float]]
+"""By the name of each tensor its norm, and its product with fixed numbers, which tells another order of entries."""
+
+
+def marks(tensors: Mapping[str, Tensor]) -> Marks:
+    """What two processes compare to see that they have built the same tensors."""
+    fixed = torch.cos(torch.arange(SAMPLED, dtype=torch.float64))
+    found = {}
+    for name, value in tensors.items():
+        flat = torch.view_as_real(value).flatten() if value.is_complex() else value.flatten()
+        sample = flat[:SAMPLED].double().cpu()
+        found[name] = float(flat.double().norm()), float(sample @ fixed[: len(sample)])
+    return found
+
+
+def first_difference(a: Marks, b: Marks) -> str | None:
+    """The first tensor that two processes have built differently, but for rounding; None if there is none."""
+    for name in [*a, *b]:
+        if name not in a or name not in b:
+            return name
+        size = max(abs(a[name][0]), 1e-12)
+        if any(abs(x - y) > 1e-3 * size for x, y in zip(a[name], b[name], strict=True)):  # of NaN nothing is said
+            return name
+    return None
+
+
 def copy_on_write(value: Tensor) -> Tensor:
     """A copy that shares the memory of a tensor until one of the two is written to.
 

@@ -293,3 +293,45 @@ def test_losses_that_are_not_finite_later_do_not_stop_the_plan():
                 yield x * math.nan if t == 2 else x
 
     assert found(problem=Later).stepping == "rows"
+
+
+def test_buffers_in_memory_that_is_not_torchs_own_are_taken():
+    kept = np.arange(6, dtype=np.float32)
+
+    def network():
+        model = mlp()
+        model[0].register_buffer("mean", torch.from_numpy(kept))
+        model[0].register_forward_pre_hook(lambda module, inputs: inputs[0] - module.mean)
+        return model
+
+    assert found(network).constant_bytes == 6 * 4
+    assert kept.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_normal_numbers_that_numpy_has_in_store_are_those_of_the_row():
+    class Odd(Two):
+        def batches(self, seed):
+            for x in super().batches(seed):
+                yield x + np.random.randn()  # of a pair, the other of which numpy keeps for the next call
+
+        def losses(self, model, x):
+            return super().losses(model, x) * (1.5 + np.tanh(np.random.randn()))
+
+    assert found(problem=Odd).generators == ("torch", "numpy")
+
+
+@pytest.mark.parametrize("without", [1, 3])
+def test_a_first_batch_without_any_label_is_one_like_others(without):
+    class Late(Two):
+        def batches(self, seed):
+            for t, x in enumerate(super().batches(seed)):
+                yield x, t >= without
+
+        def evaluation_batches(self, split):
+            return [(super().evaluation_batches(split)[0], True)]
+
+        def losses(self, model, batch):
+            f = super().losses(model, batch[0])
+            return f if batch[1] else f.detach() * 0
+
+    assert set(found(problem=Late).unreached) == (set() if without == 1 else set(found().layout.names))
