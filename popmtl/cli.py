@@ -242,7 +242,7 @@ def status(options: argparse.Namespace) -> None:
     from popmtl.distributed.jobs import Jobs
 
     jobs = Jobs(options.address)
-    print_jobs(Console(), [jobs.details(options.job)] if options.job else jobs.all())
+    print_jobs(Console(emoji=False), [jobs.details(options.job)] if options.job else jobs.all())
     if options.job:
         print("\n".join(jobs.last_lines(options.job, LAST_LINES)))
 
@@ -277,7 +277,7 @@ def runs(options: argparse.Namespace) -> None:
 
     storage = options.storage or "runs"
     with _reading(storage):
-        print_runs(Console(), runs_in(storage))
+        print_runs(Console(emoji=False), runs_in(storage))
 
 
 def front(options: argparse.Namespace) -> None:
@@ -365,8 +365,10 @@ def compare(options: argparse.Namespace) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=120)  # a file or a pipe has no width of its own
+    console = Console(emoji=False)
+    return (
+        console if console.is_terminal else Console(width=120, emoji=False)
+    )  # a file or a pipe has no width of its own
 
 
 def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None:
