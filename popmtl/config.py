@@ -165,6 +165,12 @@ class GroupConfig(_Component):
     match: str | list[str]
     name: str | None = None
 
+    @model_validator(mode="after")
+    def _matches(self) -> GroupConfig:
+        if not self.match:
+            raise ValueError('match is empty; give it a pattern of parameter names, such as "*.bias"')
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """The arguments."""
@@ -189,13 +195,16 @@ class OptimizerConfig(_Component):
         arguments = dict(self.model_extra or {})
         made = _try_optimizer(self.name, arguments)
         for group in self.groups:
-            if group.name is not None:
-                _try_optimizer(group.name, group.options)
-                continue
-            for key in group.options:
-                if key not in made.defaults:
-                    raise ValueError(f"groups: {self.name} has no argument {key!r}{nearest(key, made.defaults)}")
-            _try_optimizer(self.name, {**arguments, **group.options})
+            try:
+                if group.name is not None:
+                    _try_optimizer(group.name, group.options)
+                    continue
+                for key in group.options:
+                    if key not in made.defaults:
+                        raise ValueError(f"{self.name} has no argument {key!r}{nearest(key, made.defaults)}")
+                _try_optimizer(self.name, {**arguments, **group.options})
+            except ValueError as error:
+                raise ValueError(f"groups: match {group.match!r}: {error}") from error
         return self
 
     def build(self) -> partial[Optimizer]:

@@ -119,6 +119,18 @@ def test_a_dry_run_follows_the_config(plan_of):
     assert figures["transport"] == "none: nothing transfers"
 
 
+def optimized(**optimizer):
+    return {"train": {"optimizer": optimizer}}
+
+
+def grouped(**group):
+    return optimized(name="Adam", groups=[group])
+
+
+def fine_tuned(problem):
+    return {"problem": f"user_problems:{problem}", "fine_tune": {"steps": 5}}
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
@@ -130,6 +142,14 @@ def test_a_dry_run_follows_the_config(plan_of):
         ({"problem": "user_problems:Parabola"}, "'Parabola': did you mean Parabolas?"),
         ({"problem": "no_such_module:Mine"}, "there is no module 'no_such_module'"),
         ({"problem": "user_problems:LacksALoss"}, "losses must return one tensor of shape (2,), for left, right"),
+        (fine_tuned("SumsItsLosses"), "losses must return one tensor of shape (2,), for left, right; got shape ()"),
+        (fine_tuned("IgnoresTheModel"), "the losses do not depend on the model's parameters"),
+        (optimized(name="Muon"), "vlmop2: the optimizer does not take parameter x, of shape (10,): Muon only"),
+        (grouped(match="x", name="Muon"), "does not take parameter x, of shape (10,): Muon only"),
+        (grouped(match=[]), "train.optimizer.groups.0: match is empty; give it a pattern"),
+        (grouped(match="y", lr=0.1), "groups: match 'y' matches no parameter that is trained; there are x"),
+        (grouped(match="x", lr=-1), "train.optimizer: groups: match 'x': Adam cannot train a row with"),
+        (grouped(match="x", ls=1), "train.optimizer: groups: match 'x': Adam has no argument 'ls'"),
         ({"problem": "user_problems:NanFromTheStart"}, "objective right is nan at the initial model"),
         ({"problem": "user_problems:NoParameters"}, "no trainable parameters"),
         ({"problem": "user_problems:IgnoresTheModel"}, "the losses do not depend on the model's parameters"),
@@ -145,6 +165,16 @@ def test_a_bad_request_is_refused_in_one_message_before_anything_starts(refusal,
     message = refusal(*(["--dry-run"] if dry else []), **data)
     assert says in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_is_printed_as_it_is_written(plan_of):
+    assert plan_of(problem="user_problems:One")[0]["problem"] == "user_problems:One: left, right"
+
+
+def test_a_parameter_that_no_group_has_is_named(plan_of):
+    _, out = plan_of(problem="user_problems:LeavesOut")
+    assert "warning: no parameter group has left_out; as in torch, the optimizer leaves it as it is" in out
+    assert "warning" not in plan_of(problem="user_problems:Parabolas")[1]
 
 
 def test_a_profile_of_more_steps_than_there_are_is_refused(refusal, no_ray):
