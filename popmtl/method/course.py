@@ -178,7 +178,7 @@ class Course:
             ],
             "out": [asdict(departed) for departed in self.out.values()],
             "reseeds": list(self.reseeds),
-            "curves": self.means.sums,
+            "curves": {name: list(sums) for name, sums in self.means.sums.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
         }

@@ -136,7 +136,7 @@ class Shared:
 
     Attributes:
         names: of them.
-        dead: objectives that none of the batches looked at has a gradient of; they have no say in what is shared.
+        dead: objectives whose gradient is 0 on all batches looked at; what they share is what is in their graph.
     """
 
     names: tuple[str, ...]
@@ -167,22 +167,28 @@ def find_shared(
     own = problem.shared(model)
     dead: list[str] = []
     if own is None:
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for p in trainable.values():
-                p.add_(NUDGE * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device))
+        nudged(model)
         by_value, by_graph = _reached(problem, model, trainable, seed, batches)
         own = set(trainable)
         for objective, values, graph in zip(problem.objectives, by_value, by_graph, strict=True):
-            if reached := values or graph:
-                own &= reached
-            else:
+            own &= values or graph or set(trainable)
+            if not values:
                 dead.append(objective)
     if unknown := own - set(trainable):
         raise ValueError(f"{type(problem).__name__}.shared names {sorted(unknown)[0]}, which the model does not train")
     if not own or len(dead) == len(problem.objectives):
         raise ValueError(f"{type(problem).__name__}: no parameter is reached by every loss, so none can be aligned")
     return Shared(tuple(name for name in trainable if name in own), tuple(dead))
+
+
+def nudged(model: nn.Module) -> nn.Module:
+    """The model, its trainable parameters moved a little: initial zeros hide what depends on them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(NUDGE * torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device))
+    return model
 
 
 def _reached(

@@ -547,12 +547,17 @@ class Block:
             dict.fromkeys(self.problem.metrics, math.nan),
         )
         found = [
-            nothing if out else self.problem.evaluate(model, split)
-            for model, out in zip(self.models, self.out, strict=True)
+            nothing if out else self._evaluated(model, split) for model, out in zip(self.models, self.out, strict=True)
         ]
         if split == "validation":
             self.awaited = [evaluation.objectives.tolist() for evaluation in found]
         return found
+
+    def _evaluated(self, model: nn.Module, split: Split) -> Evaluation:
+        """A model on a split; losses that draw random numbers draw the same ones for all."""
+        for seed in self.seeders:
+            seed(self.recipe.seed)
+        return self.problem.evaluate(model, split)
 
     def plateau(self, chunk: Chunk) -> None:
         """Tells schedules that wait for it each member's own value at the evaluation just before a chunk."""

@@ -26,7 +26,7 @@ from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.curves import GRADIENT_NORM, LEARNING_RATE
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.flat import Layout
-from popmtl.method.gradients import find_shared, gradients_of
+from popmtl.method.gradients import LOOKED_AT, find_shared, gradients_of, nudged
 from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
@@ -206,16 +206,16 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
         return recipe, []
     found = find_shared(problem, recipe.seed, recipe.dtype)
     return replace(recipe, shared=found.names), [
-        f"objective {name} has no gradient on any of the first batches: it has no say in what the losses share"
-        for name in found.dead
+        f"objective {name} has no gradient on any of the first batches; is it constant?" for name in found.dead
     ]
 
 
 def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
     """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient."""
     batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
-    f, _ = parted(problem.losses(model, batch))
+    f, scalars = parted(problem.losses(model, batch))
     check_losses(f, problem)
+    check_scalars(scalars)
     model.zero_grad(set_to_none=True)
     f.sum().backward()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -611,6 +611,9 @@ class _Rehearsing:
             _restore(model, constants(of_row, self.layout.names))
         tolerance = max(10 * self.tolerance, 1e-4)
         for i, evaluated in enumerate(self.block.evaluate("validation")):
+            if self.block.out[i]:  # a NaN in a later batch; a run is made for it
+                continue
+            seed_generators(self.recipe.seed)
             own = self.problem.evaluate(self.own[i], "validation")
             check_names(self.problem.metrics, own.metrics)
             if not _close(evaluated.objectives, own.objectives, tolerance):
@@ -668,8 +671,8 @@ class _Rehearsing:
             ValueError: one does not.
         """
         depends = [False] * len(self.problem.objectives)
-        model = self.block.models[0]
-        for _ in range(4):
+        model = nudged(initial_model(self.problem, self.recipe.seed, self.recipe.dtype))
+        for _ in range(LOOKED_AT):
             batch = self.block.draw(0)
             cut = self.problem.representation(model, batch).detach().requires_grad_()
             f, _ = parted(self.problem.losses_at(model, cut, batch))
@@ -677,7 +680,7 @@ class _Rehearsing:
             for j, loss in enumerate(f):
                 if loss.requires_grad:
                     (g,) = torch.autograd.grad(loss, cut, retain_graph=True, allow_unused=True)
-                    depends[j] = depends[j] or g is not None
+                    depends[j] = depends[j] or (g is not None and bool(g.any()))
             if all(depends):
                 return
         name = self.problem.objectives[depends.index(False)]

@@ -14,6 +14,8 @@ from popmtl.runs.front import Front
 
 # More points than the picture of the hypervolume is wide would only make the page large.
 POINTS = 400
+# Significant digits of what is only shown, with at most four of them. What is chosen by has all its digits.
+DIGITS = 7
 # Characters that could end the script element which holds the data, or a line of it.
 UNSAFE = "<\u2028\u2029"
 
@@ -67,10 +69,12 @@ def explorer_page(front: Front, title: str, history: Sequence[Sequence[float | N
         "members": [
             {
                 "subproblem": member.subproblem,
-                "weights": member.weights,
+                "weights": _shown(member.weights),
                 "objectives": chosen_by.objectives,
                 "metrics": [chosen_by.metrics.get(name) for name in names],
-                "test": [] if front.chosen_on == "test" else [*report.objectives, *map(report.metrics.get, names)],
+                "test": []
+                if front.chosen_on == "test"
+                else _shown([*report.objectives, *map(report.metrics.get, names)]),
                 "stage": member.stage,
                 "best": member.non_dominated,
                 "kept": member.model is not None,
@@ -97,3 +101,8 @@ def _thinned(history: Sequence[Sequence[float | None]]) -> Sequence[Sequence[flo
     """At most about so many points, the last among them."""
     every = -(-len(history) // POINTS) or 1
     return history[::-1][::every][::-1]
+
+
+def _shown(values: Sequence[float | None]) -> list[float | None]:
+    """The values with `DIGITS` digits, integers as they are: half as long in the page."""
+    return [float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for value in values]

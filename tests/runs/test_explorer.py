@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from browser import chromium
 
 from popmtl.method.front import AUGMENTATION, hypervolume, knee, non_dominated, normalized_front, pick
 from popmtl.runs.explorer import Loading, explorer_page
-from popmtl.runs.front import Front, Member
+from popmtl.runs.front import Figures, Front, Member
 
 NAN = math.nan
 LOADING = Loading("runs/my run", {i: f"models:/m-{i:032x}" for i in range(64)}, "models:/popmtl-digits@front")
@@ -77,6 +78,21 @@ def with_metrics(F):
     return front_of(
         F, metrics=metrics, directions={"accuracy_left": "higher", "accuracy_right": "higher", "latency": "lower"}
     )
+
+
+def with_both_splits(F):
+    """`with_metrics`, whose figures are those on validation; those on test are others. Its hypervolume is estimated."""
+    front = with_metrics(F)
+    members = [
+        replace(
+            member,
+            objectives=[1.25 * value for value in member.objectives],
+            metrics={name: 0.75 * value for name, value in member.metrics.items()},
+            validation=Figures(member.objectives, member.metrics),
+        )
+        for member in front.members
+    ]
+    return replace(front, members=members, hypervolume=0.5, hypervolume_error=0.0123)
 
 
 @pytest.fixture(scope="module")
@@ -427,8 +443,9 @@ def test_copying_selects_the_code(opened):
 
 @pytest.mark.parametrize(("width", "height"), [(900, 650), (1280, 800)])
 @pytest.mark.parametrize("m", [2, 7])
-def test_sliders_scatter_and_code_are_on_the_first_screen(opened, m, width, height):
-    frame = opened(with_metrics(curved(m, 12)), width=width, height=height)
+@pytest.mark.parametrize("kind", [with_metrics, with_both_splits])
+def test_sliders_scatter_and_code_are_on_the_first_screen(opened, kind, m, width, height):
+    frame = opened(kind(curved(m, 12)), width=width, height=height)
     for selector in (f"#slider-{m - 1}", "#scatter svg", "#chosen", "#code .snippet:last-child"):
         box = frame.locator(selector).bounding_box()
         assert box["y"] + box["height"] <= height, selector
@@ -467,6 +484,43 @@ def test_the_header_says_what_there_is(opened):
     assert facts.startswith("6 members · 2 objectives · 3 non-dominated · 1 lost · 1 not finite · hypervolume ")
     assert " at (1.2, 1.2) · 3000 steps · figures and choices: test split, as this front has no validation" in facts
     assert "Not drawn, values not finite: 4, 5." in frame.locator("#scatter-note").text_content()
+
+
+def test_test_figures_stand_beside_those_on_validation(opened):
+    F = np.array([[0.1, 0.9], [0.4, 0.4], [0.8, 0.2]])
+    frame = opened(with_both_splits(F))
+    assert chosen(frame) == 1
+    rows = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+    objectives, metrics = (frame.locator(f"#{name} tr").evaluate_all(rows) for name in ("objectives", "metrics"))
+    assert objectives == [
+        ["objective", "validation", "test"],
+        ["loss_left", "0.4", "0.5"],
+        ["loss_right", "0.4", "0.5"],
+    ]
+    assert metrics[0] == ["metric", "validation", "test"]
+    assert metrics[-1] == ["latency", "6", "4.5"]
+    (heads,) = frame.locator("#columns").evaluate_all(rows)
+    (cells,) = frame.locator('tr[data-member="2"]').evaluate_all(rows)
+    assert heads[2:6] == ["loss_left, validation", "loss_left, test", "loss_right, validation", "loss_right, test"]
+    assert cells[2:6] == ["0.8", "1", "0.2", "0.25"]
+    facts = frame.locator("#facts").text_content()
+    exact = f"{hypervolume(F, [1.2, 1.2]):.4g}"
+    assert f"hypervolume validation {exact}, test ≈ 0.5 ± 0.012 (estimate), at (1.2, 1.2)" in facts
+    assert "figures and choices: validation split; test figures only report" in facts
+    assert "loss_left, validation (lower is better)" in frame.locator("#scatter svg").text_content()
+
+
+def test_estimates_over_steps_have_their_intervals(opened):
+    history = [(10, 0.2, 0.05), (20, 0.4, None), (30, 0.5, 0.05)]
+    frame = opened(front_of([[0.1, 0.9], [0.9, 0.1]]), history=history)
+    bars = "bars => bars.map(bar => Math.abs(bar.getAttribute('y2') - bar.getAttribute('y1')))"
+    first, last = frame.locator("#progress .interval").evaluate_all(bars)
+    low, high = (
+        float(frame.locator("#progress .interval").nth(n).get_attribute(end)) for n, end in ((0, "y1"), (1, "y2"))
+    )
+    # From 0.15 to 0.55 is all that is drawn; each bar is 0.1 long.
+    assert first == pytest.approx(last) == pytest.approx(abs(high - low) / 4)
+    assert "bars: 95 % intervals of values that are estimates" in frame.locator("#progress-note").text_content()
 
 
 def test_two_objectives_have_an_area_and_more_have_none(opened):
@@ -532,14 +586,21 @@ def overlaps(frame):
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
+# What is wider than its box. Names may be, as dots say so.
+CUT = """() => [...document.querySelectorAll("section, .bar, .figures td, .figures [scope=col], pre, button")]
+    .filter(element => element.scrollWidth > element.clientWidth + 1).map(element => element.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("kind", [with_metrics, with_both_splits])
 @pytest.mark.parametrize(("m", "N"), [(2, 8), (3, 12), (7, 12), (2, 64), (7, 64)])
-def test_nothing_overlaps_or_overflows(opened, m, N):
-    frame = opened(with_metrics(curved(m, N)))
+def test_nothing_overlaps_or_overflows(opened, kind, m, N):
+    frame = opened(kind(curved(m, N)))
     for width in (900, 420, 1400):
         resize(frame, width)
         assert frame.locator("#scatter .label").count() > 3
         assert overlaps(frame) == []
         assert frame.evaluate(OVERFLOW) <= 0
+        assert frame.evaluate(CUT) == []
 
 
 def test_a_frame_may_start_without_a_width(opened):
@@ -574,7 +635,7 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out(opened, scheme):
     F = curved(2, 8, hard=True)
-    frame = opened(with_metrics(F), scheme=scheme)
+    frame = opened(with_both_splits(F), scheme=scheme)
     frame.get_by_role("button", name="knee").click()
     frame.get_by_label("loss_left at most").fill(repr(float(np.median(F[non_dominated(F), 0]))))
     background = frame.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -590,8 +651,9 @@ def test_text_stands_out(opened, scheme):
 
 
 def test_the_page_is_small():
-    page = explorer_page(with_metrics(curved(7, 64)), "A run", HISTORY, LOADING)
-    assert len(page.encode()) < 100_000
+    history = [(step, volume, volume / 17) for step, volume in HISTORY]
+    for front in (with_metrics(curved(7, 64)), with_both_splits(curved(7, 64))):
+        assert len(explorer_page(front, "A run", history, LOADING).encode()) < 100_000
 
 
 def test_names_are_text_whatever_they_hold(opened):
