@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,13 +19,16 @@ import ray
 import torch
 import user_problems
 import yaml
+from finished_runs import members
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.config import Config, load_config
 from popmtl.distributed.plan import make_plan
+from popmtl.distributed.progress import Report
 from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, subproblem_file, write_tensors
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
-from popmtl.runs.results import load_model
+from popmtl.runs.front import Front
+from popmtl.runs.results import load_model, write_front
 from popmtl.runs.storage import joined
 
 VLMOP2 = {"problem": "vlmop2", "population": {"subproblems": 4}}
@@ -175,6 +180,31 @@ def test_a_parameter_that_no_group_has_is_named(plan_of):
     _, out = plan_of(problem="user_problems:LeavesOut")
     assert "warning: no parameter group has left_out; as in torch, the optimizer leaves it as it is" in out
     assert "warning" not in plan_of(problem="user_problems:Parabolas")[1]
+
+
+def test_a_run_that_stopped_early_says_so_at_its_end(config, no_ray, monkeypatch, capsys, tmp_path):
+    """However short it was: what is said while a run goes on may come too late to be shown."""
+    storage = tmp_path / "runs of mine"
+
+    def run(plan, location, *arguments, **options):
+        folder = RunFolder(location)
+        folder.append_event("stopped early", step=60, why="no improvement")
+        front = Front(["f1", "f2"], [1.0, 1.0], 0.3, 3, taken, members())
+        write_front(folder, front)
+        write_front(folder, replace(front, best=True))
+        return Report(front, [], None, [], [])
+
+    monkeypatch.setattr("popmtl.distributed.driver.cluster", lambda *arguments: nullcontext([{"CPU": 2.0}]))
+    monkeypatch.setattr("popmtl.distributed.driver.run", run)
+    train = ["train", config(storage=str(storage), train={"steps": 400}, fine_tune={"steps": 20}), "--run-name"]
+    taken = 80
+    assert main([*train, "short"]) == OK
+    out = capsys.readouterr().out
+    assert "MTGD stopped early, at step 60 of 400: no improvement" in out
+    assert f"popmtl front '{storage}/short' --from best" in out
+    taken = 420  # resumed with other steps
+    assert main([*train, "long"]) == OK
+    assert "stopped early" not in capsys.readouterr().out
 
 
 def test_a_profile_of_more_steps_than_there_are_is_refused(refusal, no_ray):
