@@ -290,6 +290,8 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
+    if recipe.compiled and recipe.gradient:
+        warnings.append("train.compile: train.gradient takes each loss's gradient apart, and these are not compiled")
     warnings += problem.notices
     return RunPlan(
         config=config,
