@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,13 +126,18 @@ def train(options: argparse.Namespace) -> None:
             resumes = bool(options.resume)
             report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
     print_front(console, report.front)
+    for event in [event for event in folder.events() if event["kind"] == "stopped early"][-1:]:
+        if event["step"] + (plan.aligned.steps if plan.aligned else 0) == report.front.steps:  # and was not resumed
+            at = f"step {event['step']} of {len(plan.factors)}"
+            console.print(f"MTGD stopped early, at {at}: {event['why']}", highlight=False, soft_wrap=True)
     if report.fine_tuned:
         kept = sum(one.kept for one in report.fine_tuned)
         console.print(f"Aligned-MTL improved {kept} of {len(report.fine_tuned)} models; the others are as before it.")
     for what, file in (("explore", "explorer.html"), ("picture", "front.png"), ("models ", "models")):
         console.print(f"{what} {folder.files.where(f'pareto/{file}')}", highlight=False, soft_wrap=True)
     if folder.files.entry(f"{BEST}/front.json"):
-        console.print(f"best    {folder.files.where(BEST)}: popmtl front --from best", highlight=False, soft_wrap=True)
+        shown = f"popmtl front {shlex.quote(folder.location)} --from best"
+        console.print(f"best    {folder.files.where(BEST)}: {shown}", highlight=False, soft_wrap=True)
     if options.profile:  # what was said while it ran may have come too late to be shown
         for event in [event for event in folder.events() if event["kind"] == "profile"][-1:]:
             console.print(f"profile {event['trace']}", highlight=False, soft_wrap=True)
@@ -242,7 +248,7 @@ def status(options: argparse.Namespace) -> None:
     from popmtl.distributed.jobs import Jobs
 
     jobs = Jobs(options.address)
-    print_jobs(Console(), [jobs.details(options.job)] if options.job else jobs.all())
+    print_jobs(Console(emoji=False), [jobs.details(options.job)] if options.job else jobs.all())
     if options.job:
         print("\n".join(jobs.last_lines(options.job, LAST_LINES)))
 
@@ -277,7 +283,7 @@ def runs(options: argparse.Namespace) -> None:
 
     storage = options.storage or "runs"
     with _reading(storage):
-        print_runs(Console(), runs_in(storage))
+        print_runs(Console(emoji=False), runs_in(storage))
 
 
 def front(options: argparse.Namespace) -> None:
@@ -365,8 +371,10 @@ def compare(options: argparse.Namespace) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=120)  # a file or a pipe has no width of its own
+    console = Console(emoji=False)
+    return (
+        console if console.is_terminal else Console(width=120, emoji=False)
+    )  # a file or a pipe has no width of its own
 
 
 def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None:

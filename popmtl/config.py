@@ -165,6 +165,12 @@ class GroupConfig(_Component):
     match: str | list[str]
     name: str | None = None
 
+    @model_validator(mode="after")
+    def _matches(self) -> GroupConfig:
+        if not self.match:
+            raise ValueError('match is empty; give it a pattern of parameter names, such as "*.bias"')
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """The arguments."""
@@ -189,13 +195,16 @@ class OptimizerConfig(_Component):
         arguments = dict(self.model_extra or {})
         made = _try_optimizer(self.name, arguments)
         for group in self.groups:
-            if group.name is not None:
-                _try_optimizer(group.name, group.options)
-                continue
-            for key in group.options:
-                if key not in made.defaults:
-                    raise ValueError(f"groups: {self.name} has no argument {key!r}{nearest(key, made.defaults)}")
-            _try_optimizer(self.name, {**arguments, **group.options})
+            try:
+                if group.name is not None:
+                    _try_optimizer(group.name, group.options)
+                    continue
+                for key in group.options:
+                    if key not in made.defaults:
+                        raise ValueError(f"{self.name} has no argument {key!r}{nearest(key, made.defaults)}")
+                _try_optimizer(self.name, {**arguments, **group.options})
+            except ValueError as error:
+                raise ValueError(f"groups: match {group.match!r}: {error}") from error
         return self
 
     def build(self) -> partial[Optimizer]:
@@ -226,6 +235,8 @@ class LRScheduleConfig(_Component):
         ]
         if self.name not in known:
             raise ValueError(f"torch.optim.lr_scheduler has no {self.name!r}{nearest(self.name, known)}")
+        if self.name == "ReduceLROnPlateau" and (self.model_extra or {}).get("mode", "min") != "min":
+            raise ValueError("ReduceLROnPlateau goes by a value that is minimized: leave its mode away")
         return self
 
     def build(self, steps: int) -> partial[LRScheduler]:
@@ -301,6 +312,12 @@ def _check_schedule(given: Schedules, steps: int, optimizer: OptimizerConfig) ->
         raise ValueError(f"{names} does not take {steps} steps with these arguments: {said}{hint}") from error
 
 
+def _a_bound(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError(f"write {{norm: {value}}} or {{value: {value}}}")
+    return value
+
+
 class ClipConfig(_Section):
     """Bounds of each member's gradient, as clip_grad_norm_ and clip_grad_value_ have them: one of the two."""
 
@@ -368,7 +385,7 @@ class TrainConfig(_Section):
     steps: Annotated[Count, Field(ge=0)] = 1000
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Schedules = None
-    clip: ClipConfig | None = None
+    clip: Annotated[ClipConfig | None, BeforeValidator(_a_bound)] = None
     accumulate: Annotated[Count, Field(ge=1)] = 1
     gradient: GradientConfig | None = None
     evaluate_every: Annotated[Count, Field(ge=1)] = 50
@@ -427,7 +444,7 @@ class FineTuneConfig(_Section):
     steps: Annotated[Count, Field(ge=0)] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Schedules = None
-    clip: ClipConfig | None = None
+    clip: Annotated[ClipConfig | None, BeforeValidator(_a_bound)] = None
     accumulate: Annotated[Count, Field(ge=1)] = 1
     scale: Literal[SCALES] = "min"  # type: ignore[valid-type]
     variant: Literal["exact", "ub"] = "exact"

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,13 +19,16 @@ import ray
 import torch
 import user_problems
 import yaml
+from finished_runs import members
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.config import Config, load_config
 from popmtl.distributed.plan import make_plan
+from popmtl.distributed.progress import Report
 from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, subproblem_file, write_tensors
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
-from popmtl.runs.results import load_model
+from popmtl.runs.front import Front
+from popmtl.runs.results import load_model, write_front
 from popmtl.runs.storage import joined
 
 VLMOP2 = {"problem": "vlmop2", "population": {"subproblems": 4}}
@@ -119,6 +124,18 @@ def test_a_dry_run_follows_the_config(plan_of):
     assert figures["transport"] == "none: nothing transfers"
 
 
+def optimized(**optimizer):
+    return {"train": {"optimizer": optimizer}}
+
+
+def grouped(**group):
+    return optimized(name="Adam", groups=[group])
+
+
+def fine_tuned(problem):
+    return {"problem": f"user_problems:{problem}", "fine_tune": {"steps": 5}}
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
@@ -130,6 +147,14 @@ def test_a_dry_run_follows_the_config(plan_of):
         ({"problem": "user_problems:Parabola"}, "'Parabola': did you mean Parabolas?"),
         ({"problem": "no_such_module:Mine"}, "there is no module 'no_such_module'"),
         ({"problem": "user_problems:LacksALoss"}, "losses must return one tensor of shape (2,), for left, right"),
+        (fine_tuned("SumsItsLosses"), "losses must return one tensor of shape (2,), for left, right; got shape ()"),
+        (fine_tuned("IgnoresTheModel"), "the losses do not depend on the model's parameters"),
+        (optimized(name="Muon"), "vlmop2: the optimizer does not take parameter x, of shape (10,): Muon only"),
+        (grouped(match="x", name="Muon"), "does not take parameter x, of shape (10,): Muon only"),
+        (grouped(match=[]), "train.optimizer.groups.0: match is empty; give it a pattern"),
+        (grouped(match="y", lr=0.1), "groups: match 'y' matches no parameter that is trained; there are x"),
+        (grouped(match="x", lr=-1), "train.optimizer: groups: match 'x': Adam cannot train a row with"),
+        (grouped(match="x", ls=1), "train.optimizer: groups: match 'x': Adam has no argument 'ls'"),
         ({"problem": "user_problems:NanFromTheStart"}, "objective right is nan at the initial model"),
         ({"problem": "user_problems:NoParameters"}, "no trainable parameters"),
         ({"problem": "user_problems:IgnoresTheModel"}, "the losses do not depend on the model's parameters"),
@@ -145,6 +170,41 @@ def test_a_bad_request_is_refused_in_one_message_before_anything_starts(refusal,
     message = refusal(*(["--dry-run"] if dry else []), **data)
     assert says in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_is_printed_as_it_is_written(plan_of):
+    assert plan_of(problem="user_problems:One")[0]["problem"] == "user_problems:One: left, right"
+
+
+def test_a_parameter_that_no_group_has_is_named(plan_of):
+    _, out = plan_of(problem="user_problems:LeavesOut")
+    assert "warning: no parameter group has left_out; as in torch, the optimizer leaves it as it is" in out
+    assert "warning" not in plan_of(problem="user_problems:Parabolas")[1]
+
+
+def test_a_run_that_stopped_early_says_so_at_its_end(config, no_ray, monkeypatch, capsys, tmp_path):
+    """However short it was: what is said while a run goes on may come too late to be shown."""
+    storage = tmp_path / "runs of mine"
+
+    def run(plan, location, *arguments, **options):
+        folder = RunFolder(location)
+        folder.append_event("stopped early", step=60, why="no improvement")
+        front = Front(["f1", "f2"], [1.0, 1.0], 0.3, 3, taken, members())
+        write_front(folder, front)
+        write_front(folder, replace(front, best=True))
+        return Report(front, [], None, [], [])
+
+    monkeypatch.setattr("popmtl.distributed.driver.cluster", lambda *arguments: nullcontext([{"CPU": 2.0}]))
+    monkeypatch.setattr("popmtl.distributed.driver.run", run)
+    train = ["train", config(storage=str(storage), train={"steps": 400}, fine_tune={"steps": 20}), "--run-name"]
+    taken = 80
+    assert main([*train, "short"]) == OK
+    out = capsys.readouterr().out
+    assert "MTGD stopped early, at step 60 of 400: no improvement" in out
+    assert f"popmtl front '{storage}/short' --from best" in out
+    taken = 420  # resumed with other steps
+    assert main([*train, "long"]) == OK
+    assert "stopped early" not in capsys.readouterr().out
 
 
 def test_a_profile_of_more_steps_than_there_are_is_refused(refusal, no_ray):

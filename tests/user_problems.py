@@ -28,9 +28,31 @@ class Advised(Parabolas):
         self.defaults = defaults
 
 
+class One(Parabolas):
+    """Has the name of an emoji."""
+
+
+class LeavesOut(Parabolas):
+    """Has a parameter in none of its groups."""
+
+    def model(self):
+        return nn.ParameterDict({name: nn.Parameter(torch.zeros(3)) for name in ("stepped", "left_out")})
+
+    def losses(self, model, batch):
+        return self.values(model["stepped"] + model["left_out"])
+
+    def parameter_groups(self, model):
+        return [{"params": [model["stepped"]]}]
+
+
 class LacksALoss(Parabolas):
     def values(self, x):
         return super().values(x)[..., :1]
+
+
+class SumsItsLosses(Parabolas):
+    def values(self, x):
+        return super().values(x).sum(-1)
 
 
 class NanFromTheStart(Parabolas):

@@ -266,8 +266,10 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
             fine.accumulate,
         )
     draws = _draws(recipe, aligned, config.train.steps)
-    seed = subproblem_seed(recipe.seed, 0)
-    examined = _about_problem(config.problem.name, lambda: examine(problem, seed, max(1, draws)))
+    seed, other = (subproblem_seed(recipe.seed, i) for i in (0, 1))
+    examined = _about_problem(
+        config.problem.name, lambda: examine(problem, seed, max(1, draws), other if len(W) > 1 else None)
+    )
     stack = config.train.execution != "loop" and not recipe.gradient
     factors = schedule_factors(
         config.transfer.schedule, config.train.steps, config.transfer.final, config.transfer.until
@@ -284,12 +286,13 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     placement = _placement(config, len(W), nodes)
     transport = _transport(config, recipe, rehearsal, placement, len(W))
     warnings = [*rehearsal.warnings]
-    if costly := examined.warning(draws):
-        warnings.append(costly)
+    warnings += examined.warnings(draws)
     if recipe.order == "consensus" and may_diverge(M):
         warnings.append(f"transfer.strength: some m_ii is {np.diag(M).min():.2f}; {DIVERGENCE}")
     if recipe.scalarization.name == "weighted_sum":
         warnings.append("scalarization weighted_sum finds only the ends of a concave front")
+    if recipe.compiled and recipe.gradient:
+        warnings.append("train.compile: train.gradient takes each loss's gradient apart, and these are not compiled")
     warnings += problem.notices
     if config.baseline == SINGLE_TASK:
         _about("baseline", lambda: single_task(config, m))

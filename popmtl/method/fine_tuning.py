@@ -188,7 +188,7 @@ class FineTuning:
             [False] * len(block.layout.names),
         )
         for batch in batches:
-            f = block.losses(i, batch)
+            f = block.losses(i, batch, apart=True)
             self.check_losses(i, f, t)
             found, has = task_gradients(f / len(batches), block.models[i], block.layout.names)
             total, G = total + f.detach() / len(batches), G + found

@@ -83,7 +83,7 @@ class Recipe:
         replication: how the models of the rows are made.
         generators: which global random generators a step seeds, of "torch", "numpy" and "random".
         shared: names of the parameters that all losses share, see `find_shared`; None looks for them.
-        compiled: losses are taken through torch.compile.
+        compiled: losses are taken through torch.compile, but where each has a backward pass of its own.
     """
 
     optimizer: MakeOptimizer
@@ -463,11 +463,16 @@ class Block:
             names = find_shared(self.problem, self.recipe.seed, self.recipe.dtype, str(self.rows.device)).names
         return self.layout.columns(set(names)).to(self.rows.device)
 
-    def losses(self, i: int, batch: Any) -> Tensor:
-        """The m losses of row i on a batch, in the precision of the recipe; what they report goes to the curves."""
+    def losses(self, i: int, batch: Any, *, apart: bool = False) -> Tensor:
+        """The m losses of row i on a batch, in the precision of the recipe; what they report goes to the curves.
+
+        Where each has a backward pass of its own (`apart`) they are not compiled: the first pass overwrites what the
+        next ones need of a compiled graph (torch's donated buffers; its caches mix graphs with and without them).
+        """
+        compiled = None if apart or self.recipe.gradient else self.compiled
         with self.autocast():
             f, scalars = parted(
-                self.compiled(self.models[i], batch) if self.compiled else self.problem.losses(self.models[i], batch)
+                compiled(self.models[i], batch) if compiled else self.problem.losses(self.models[i], batch)
             )
         self.curves.report(i, scalars)
         return f

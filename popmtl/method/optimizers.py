@@ -95,7 +95,9 @@ def assign(names: Sequence[str], groups: Sequence[ParameterGroup]) -> list[list[
     for group in groups:
         for pattern in group.match:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"groups: match {pattern!r} matches no parameter; there are {_some(names)}")
+                raise ValueError(
+                    f"groups: match {pattern!r} matches no parameter that is trained; there are {_some(names)}"
+                )
         mine = [name for name in left if any(fnmatchcase(name, pattern) for pattern in group.match)]
         if not mine:
             raise ValueError(f"groups: match {', '.join(group.match)} has no parameter that an earlier group leaves")
@@ -128,7 +130,7 @@ def make_optimizers(
     if own is not None:
         if groups:
             raise ValueError("the config has optimizer groups, and the problem parameter_groups: give one of them")
-        return [make(list(own))]
+        return [_made(make, list(own), parameters, names)]
     *matched, left = assign(names, groups)
     first: list[dict[str, Any]] = [{"params": [parameters[name] for name in left]}] if left else []
     others = []
@@ -137,8 +139,39 @@ def make_optimizers(
         if group.make is None:
             first.append(described)
         else:
-            others.append(group.make([described]))
-    return [*([make(first)] if first else []), *others]
+            others.append(_made(group.make, [described], parameters, mine))
+    return [*([_made(make, first, parameters, names)] if first else []), *others]
+
+
+def _made(
+    make: MakeOptimizer, described: list[Any], parameters: Mapping[str, nn.Parameter], names: Sequence[str]
+) -> Optimizer:
+    """An optimizer of what is described.
+
+    Raises:
+        ValueError: its class does not take that; of a parameter that it never takes the message has the name.
+    """
+    try:
+        return make(described)
+    except ValueError as error:
+        had = {id(p) for group in described if isinstance(group, dict) for p in group["params"]}
+        mine = [(name, parameters[name]) for name in names if id(parameters[name]) in had]
+        for name, said in ((name, _refusal(make, parameter)) for name, parameter in mine):
+            if said:
+                raise ValueError(
+                    f"the optimizer does not take parameter {name}, of shape {tuple(parameters[name].shape)}: {said}; "
+                    "give another optimizer for it in optimizer.groups"
+                ) from error
+        raise
+
+
+def _refusal(make: MakeOptimizer, parameter: nn.Parameter) -> str:
+    """What an optimizer says when it does not take a parameter; empty if it takes it."""
+    try:
+        make([parameter])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def entrywise(make: MakeOptimizer) -> bool:
@@ -195,6 +228,11 @@ class Member:
             optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
+
+    def left_out(self) -> list[str]:
+        """Names of the parameters that no optimizer has, as where the problem's `parameter_groups` leave them out."""
+        had = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, p in zip(self.names, self.parameters, strict=True) if id(p) not in had]
 
     def plateau(self, value: float) -> None:
         """Tells schedules that wait for it the member's value on the validation split."""

@@ -143,8 +143,8 @@ def rehearse(
     """
     with kept_generators():
         model = _starts_alike(problem, recipe)
-        recipe, warnings = _share(problem, recipe, aligned)
         reached = _take_gradients(problem, model, recipe)
+        recipe, warnings = _share(problem, recipe, aligned)
         started = time.perf_counter()
         _take_gradients(problem, model, recipe)
         short = time.perf_counter() - started > LONG
@@ -399,6 +399,8 @@ class _Rehearsing:
         notes = [*warnings]
         if unreached:
             notes.append(f"no loss reaches {_listed(unreached)}; as in torch, what has no gradient stays as it is")
+        if left_out := self.members[0].left_out():
+            notes.append(f"no parameter group has {_listed(left_out)}; as in torch, the optimizer leaves it as it is")
         if kept:
             notes.append(
                 f"the model keeps {_listed(kept)} in Python, in no checkpoint: a resumed run begins it anew; make it a "

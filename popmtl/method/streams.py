@@ -50,12 +50,14 @@ class Examination:
         seconds: that a draw takes.
         ahead: whether batches may be drawn in a thread beside the step, and it pays.
         has_state: whether the streams have state_dict and load_state_dict, whatever came of these.
+        alike: whether two subproblems draw the same batches, though one batch is not like the next.
     """
 
     replays: str | None
     seconds: float
     ahead: bool
     has_state: bool
+    alike: bool = False
 
     def describe(self, draws: int) -> str:
         """What resuming costs after so many draws of a subproblem, in a line."""
@@ -64,10 +66,16 @@ class Examination:
         cost = f"{draws} draws of {1e3 * self.seconds:.2g} ms, {draws * self.seconds:.2g} s a subproblem"
         return f"are drawn again on resuming, at the end {cost}: {self.replays}"
 
-    def warning(self, draws: int) -> str | None:
-        """The same where the cost is large, or the state is there and of no use."""
+    def warnings(self, draws: int) -> list[str]:
+        """The same where the cost is large, or the state is there and of no use; and whether all draw alike."""
         costly = draws * self.seconds > COST_SECONDS
-        return f"batches {self.describe(draws)}" if self.replays and (costly or self.has_state) else None
+        found = [f"batches {self.describe(draws)}"] if self.replays and (costly or self.has_state) else []
+        if self.alike:
+            found.append(
+                "batches(seed) gives two subproblems the same batches; let the seed decide them: transfer averages the "
+                "noise of the data, and on shared batches there is none"
+            )
+        return found
 
 
 class Stream:
@@ -417,13 +425,14 @@ def first_batch(problem: Problem, seed: int) -> Any:
         return Stream(problem, seed, seeded=seed_generators).draw()
 
 
-def examine(problem: Problem, seed: int, needed: int) -> Examination:
+def examine(problem: Problem, seed: int, needed: int, other: int | None = None) -> Examination:
     """Draws a few batches from three streams of one seed, and sees what may be relied on.
 
     Args:
         problem: whose batches they are.
         seed: of a subproblem's stream.
         needed: batches that the run draws from it, over all stages, ≥ 1.
+        other: seed of another subproblem's stream; None if there is none.
 
     Raises:
         ValueError: there are too few batches, or two streams of the seed differ; the message says how.
@@ -467,7 +476,11 @@ def examine(problem: Problem, seed: int, needed: int) -> Examination:
         later = sorted(seconds[1 : last + 1] + seconds[last + 2 :]) or seconds  # first ones take longer
         takes = later[(len(later) - 1) // 2]
         ahead = alone and takes > AHEAD_SECONDS and last + 1 < needed and _draws_beside(first)
-    return Examination(replays, takes, ahead, first.has_state)
+        alike = False
+        if other is not None and len(batches) > 1 and difference(batches[0], batches[1]):
+            third = Stream(problem, other, seeded=seed_generators)
+            alike = all(difference(batch, third.draw()) is None for batch in batches[:2])
+    return Examination(replays, takes, ahead, first.has_state, alike)
 
 
 def _timed(stream: Stream, seconds: list[float]) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from popmtl.errors import RequestError, nearest
 from popmtl.method.front import knee, non_dominated, pick
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import LAST, Front, Member, Split
+from popmtl.runs.front import LAST, NO_BEST, Front, Member, Split
 
 CONSTRAINT = re.compile(r"\s*(.+?)\s*(>=|<=|>|<)\s*([^<>=]+?)\s*")
 COMPARE = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
@@ -55,10 +55,7 @@ def finished_front(folder: RunFolder, place: str = LAST) -> Front:
         way = f"it has not finished ({state}); popmtl train --resume {shlex.quote(folder.location)} goes on with it"
         raise RequestError(f"{folder.location} has no front yet: {'it is running' if state == 'running' else way}")
     if not folder.files.entry(f"{place}/front.json"):
-        raise RequestError(
-            f"{folder.location} has no front of its best evaluation: front.best was not asked for, its best evaluation "
-            "is that of its end, or events.jsonl says why"
-        )
+        raise RequestError(f"{folder.location} {NO_BEST}")
     try:
         return folder.front(place)
     except (KeyError, TypeError, ValueError) as error:

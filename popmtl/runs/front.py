@@ -17,6 +17,11 @@ if TYPE_CHECKING:  # torch takes seconds to import
 LAST, BEST = "pareto", "pareto/best"
 """Where a run's fronts lie in its folder: that of its end, and that of the best evaluation."""
 
+NO_BEST = (
+    "has no front of its best evaluation: front.best was not asked for, its best evaluation is that of its end, or "
+    "events.jsonl says why"
+)
+
 PLACES = {"last": LAST, "best": BEST}
 
 Stage = Literal["mtgd", "aligned_mtl"]

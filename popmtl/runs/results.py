@@ -16,7 +16,7 @@ from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
-from popmtl.runs.front import BEST, LAST, Front, Split
+from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
 
@@ -132,6 +132,8 @@ def load_model(
         file = f"checkpoints/{checkpoint}/{subproblem_file(subproblem)}"
     if not folder.files.entry(file):
         present = sorted(int(number) for number in folder.files.children(f"{place}/models"))
+        if best and not present and checkpoint is None:
+            raise RequestError(f"{folder.location} {NO_BEST}")
         raise RequestError(
             f"{folder.files.where(place)} has no model of subproblem {subproblem}; it has those of {present}"
             if checkpoint is None

@@ -267,7 +267,7 @@ def test_why_batches_are_drawn_again_is_said(kind, why):
     else:
         assert re.search(why, found.replays)
     has_a_useless_state = kind in (Forgets, Refuses, Unsaved)
-    assert (found.warning(10) is not None) is has_a_useless_state
+    assert bool(found.warnings(10)) is has_a_useless_state
 
 
 class Noisy:
@@ -295,9 +295,9 @@ def test_a_loader_that_loses_the_random_numbers_of_its_workers_is_drawn_again():
 
 def test_the_cost_of_drawing_again_is_said_where_it_is_large():
     slow = Examination("they have no state_dict", 0.02, False, False)
-    assert "2000 draws of 20 ms, 40 s a subproblem" in slow.warning(2000)
-    assert slow.warning(100) is None
-    assert Examination(None, 0.02, False, True).warning(2000) is None
+    assert "2000 draws of 20 ms, 40 s a subproblem" in slow.warnings(2000)[0]
+    assert slow.warnings(100) == []
+    assert Examination(None, 0.02, False, True).warnings(2000) == []
 
 
 def test_a_look_changes_no_generator():
@@ -525,3 +525,27 @@ def test_a_block_goes_on_bit_for_bit_from_its_snapshot(make):
 )
 def test_what_differs_is_named_by_its_place(a, b, where):
     assert difference(a, b) == where
+
+
+@pytest.mark.parametrize(("ignored", "alike"), [(True, True), (False, False)])
+def test_streams_that_do_not_heed_their_seed_are_told(ignored, alike):
+    class Numbers(Problem):
+        objectives = ("left", "right")
+
+        def model(self):
+            raise NotImplementedError
+
+        def evaluation_batches(self, split):
+            return ()
+
+        def losses(self, model, batch):
+            raise NotImplementedError
+
+        def batches(self, seed):
+            generator = torch.Generator().manual_seed(0 if ignored else seed)
+            while True:
+                yield torch.rand(2, generator=generator)
+
+    found = examine(Numbers(), 3, 100, 4)
+    assert found.alike is alike
+    assert [warning.partition("(")[0] for warning in found.warnings(100)] == ["batches"] * alike

@@ -229,5 +229,7 @@ def test_load_model_names_what_is_wrong(folder, registry, tmp_path):
     write_model(folder, 1, {"other": torch.zeros(1)})
     with pytest.raises(RequestError, match=r"no model of subproblem 0; it has those of \[1\]"):
         load_model(folder.path, 0)
+    with pytest.raises(RequestError, match=r"has no front of its best evaluation: front.best was not asked for"):
+        load_model(folder.path, 0, best=True)
     with pytest.raises(RequestError, match=r"does not fit the model of problem 'toy'"):
         load_model(folder.path, 1)
