@@ -16,6 +16,7 @@ from toy_problems import NoisyRegression
 
 from popmtl.method import streams
 from popmtl.method.mtgd import Block, Chunk, Recipe
+from popmtl.method.problem import Problem
 from popmtl.method.snapshot import RowState, put, take
 from popmtl.method.streams import Examination, Feed, Stream, difference, examine, seed_generators
 
