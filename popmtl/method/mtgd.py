@@ -537,7 +537,10 @@ class Block:
     def project(self) -> None:
         """Back into the problem's bounds, where it has some."""
         if self.problem.bounds is not None:
-            lower, upper = (torch.as_tensor(b, dtype=self.rows.dtype).to(self.rows) for b in self.problem.bounds)
+            lower, upper = (
+                self.layout.in_columns(self.models[0], torch.as_tensor(b, dtype=self.rows.dtype)).to(self.rows)
+                for b in self.problem.bounds
+            )
             torch.clamp(self.rows, lower, upper, out=self.rows)
 
     def evaluate(self, split: Split) -> list[Evaluation]:

@@ -31,7 +31,7 @@ from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.optimizers import Member, Stepping, make_optimizers, steps_whole_rows
-from popmtl.method.problem import Problem, evaluating, parted, to_model
+from popmtl.method.problem import Problem, evaluating, parted, reference_of, to_model
 from popmtl.method.replica import (
     Replication,
     attributes,
@@ -213,7 +213,7 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
 
 def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
     """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient."""
-    batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+    batch = to_model(first_batch(problem, recipe.seed), reference_of(model))
     f, _ = parted(problem.losses(model, batch))
     check_losses(f, problem)
     model.zero_grad(set_to_none=True)
@@ -230,7 +230,7 @@ def _refuse_jumps(problem: Problem, model: nn.Module, recipe: Recipe) -> None:
     layout, named = Layout.of(model, problem.transfers), dict(model.named_parameters())
     names = layout.names[: layout.moving]
     shrink = 1 - 4 * torch.finfo(recipe.dtype).eps
-    batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+    batch = to_model(first_batch(problem, recipe.seed), reference_of(model))
 
     def losses() -> Tensor:
         seed_generators(recipe.seed)
@@ -264,7 +264,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _initial_losses(problem: Problem, model: nn.Module, recipe: Recipe) -> Tensor | None:
     """The losses of the first batch; None where the model cannot take it, as in another dtype."""
     try:
-        batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+        batch = to_model(first_batch(problem, recipe.seed), reference_of(model))
         seed_generators(recipe.seed)
         with torch.no_grad():
             return parted(problem.losses(model, batch))[0].double()
@@ -471,11 +471,17 @@ class _Rehearsing:
             stepped[:, :S] += M @ X[:, :S] - X[:, :S]
         else:
             stepped[:, :S] = M @ stepped[:, :S]
-        if self.problem.bounds is not None:
-            lower, upper = (torch.as_tensor(b, dtype=stepped.dtype) for b in self.problem.bounds)
-            stepped = stepped.clamp(lower, upper)
         for model, row in zip(self.own, stepped, strict=True):
             self._assume(model, row)
+            if self.problem.bounds is not None:
+                with torch.no_grad():
+                    trained = [p for p in model.parameters() if p.requires_grad]
+                    vector = nn.utils.parameters_to_vector(trained)
+                    lower, upper = (torch.as_tensor(b, dtype=vector.dtype) for b in self.problem.bounds)
+                    for p, value in zip(
+                        trained, vector.clamp(lower, upper).split([p.numel() for p in trained]), strict=True
+                    ):
+                        p.copy_(value.view_as(p))
 
     def _plain(self, i: int, model: nn.Module, ideal: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The mean losses of the batches that row i took, and the gradients of its step, by plain autograd."""

@@ -235,6 +235,6 @@ def test_what_the_held_out_batches_and_measure_must_not_be_is_refused_before_tra
 @pytest.mark.parametrize("what", ["objectives", "metrics"])
 def test_names_that_mlflow_refuses_are_refused(name, what, monkeypatch):
     names = ("left", name) if what == "objectives" else {name: "lower"}
-    monkeypatch.setattr(NoisyRegression, what, names)
+    monkeypatch.setattr(toy_problems.NoisyRegression, what, names)
     with pytest.raises(RequestError, match="cannot be logged"):
         plan(config(1))

@@ -1124,3 +1124,33 @@ class Patched(Animal):
         own = model[0].forward
         model[0].forward = functools.wraps(own)(lambda x: own(x) * 0.5)
         return model
+
+
+@kind("integers as the first parameter", loop="?")
+class Integers(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.columns = nn.Parameter(torch.tensor([3, 1, 4, 0, 5]), requires_grad=False)
+            self.body, self.out = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.body(x[:, self.columns])))
+
+    def model(self):
+        return self.Net()
+
+
+@kind("transfers() that forgets to return", "refused", "transfers.*must return", "")
+class Forgets(Animal):
+    def model(self):
+        return mlp()
+
+    def transfers(self, parameter):
+        parameter.startswith("0")
+
+
+@kind("a tied parameter that is to transfer and not to", "refused", "one parameter.*transfers", "")
+class TiedAcross(Tied):
+    def transfers(self, parameter):
+        return not parameter.startswith("out")
