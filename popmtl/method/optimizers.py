@@ -223,6 +223,7 @@ class Member:
         for i, optimizer in enumerate(self.optimizers):
             state = {
                 "state": {name_of[id(p)]: dict(value) for p, value in optimizer.state.items() if id(p) in name_of},
+                "own": own_memory(optimizer),
                 "groups": [_options(group) for group in optimizer.param_groups],
                 "schedule": self.schedules[i].state_dict() if self.schedules else None,
             }
@@ -241,7 +242,29 @@ class Member:
                 optimizer.state[parameter_of[name]] = {
                     key: _at_home(key, value, parameter_of[name]) for key, value in memory.items()
                 }
+            for name, value in state["own"]["state"].items():
+                optimizer.state[name] = value
+            vars(optimizer).update(state["own"]["attributes"])
             _resume_schedule(optimizer, self.schedules[i : i + 1], state)
+
+
+OWN_OF_TORCH = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=0.0)))
+
+
+def own_memory(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps beside the memory of each parameter: entries of its state, and plain attributes.
+
+    Objects, and what stands in dicts or lists in attributes, are not among it; see `kept_elsewhere`.
+    """
+    simple = (bool, int, float, str, type(None), Tensor)
+    attributes = {k: v for k, v in vars(optimizer).items() if k not in OWN_OF_TORCH and isinstance(v, simple)}
+    return {"state": {str(k): v for k, v in optimizer.state.items() if isinstance(k, str)}, "attributes": attributes}
+
+
+def kept_elsewhere(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes of an optimizer that no checkpoint holds, by name, but functions."""
+    known = OWN_OF_TORCH | own_memory(optimizer)["attributes"].keys()
+    return {k: v for k, v in vars(optimizer).items() if k not in known and not callable(v)}
 
 
 def _at_home(key: str, value: Any, parameter: Tensor) -> Any:
@@ -486,7 +509,9 @@ class Optimizers:
         member = self.members[i]
         for parameter, view in zip(member.parameters, self.layout.views(flat).values(), strict=True):
             state = member.optimizers[0].state.get(parameter)
-            if state and state[name].data_ptr() != view.data_ptr():
+            if not state:
+                view.zero_()  # what others sent is remembered by nobody
+            elif state[name].data_ptr() != view.data_ptr():
                 state[name] = view.copy_(state[name])
         return flat
 

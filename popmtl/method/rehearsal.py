@@ -30,12 +30,13 @@ from popmtl.method.gradients import find_shared, gradients_of
 from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
-from popmtl.method.optimizers import Member, Stepping, make_optimizers, steps_whole_rows
+from popmtl.method.optimizers import Member, Stepping, kept_elsewhere, make_optimizers, moment_names, steps_whole_rows
 from popmtl.method.problem import Problem, evaluating, parted, reference_of, to_model
 from popmtl.method.replica import (
     Replication,
     attributes,
     constants,
+    fingerprint,
     initial_model,
     model_as_written,
     own_constants,
@@ -303,6 +304,7 @@ class _Rehearsing:
         self.mixes = mixes
         self.at_a_glance = reached
         self.problem, self.aligned, self.stack = problem, aligned, stack
+        self.recipe_given = recipe
         self.recipe = replace(recipe, generators=("torch", "numpy", "random"), mix_moments=False)
         self.tolerance = (
             2e-2 if recipe.precision == "bf16" else TOLERANCES[recipe.dtype] * (10 if recipe.compiled else 1)
@@ -356,7 +358,7 @@ class _Rehearsing:
             Mismatch: see `rehearse`.
         """
         block, problem = self.block, self.problem
-        before = python_state(block.models[0])
+        before, hidden = python_state(block.models[0]), self._kept_by_optimizers()
         steps = 1 if self.short else STEPS
         z = torch.zeros_like(block.weights[0]) if problem.ideal_point is None else None
         ideal = torch.as_tensor(problem.ideal_point).to(block.rows) if z is None else z
@@ -364,6 +366,11 @@ class _Rehearsing:
             if not self._step(t, ideal):
                 break
         kept = self._remembered(before)
+        if changing := sorted(n for n, now in self._kept_by_optimizers().items() if hidden.get(n) != now):
+            raise ValueError(
+                f"train.optimizer: {changing[0]} changes from step to step, and is in no checkpoint; an optimizer must "
+                "keep what it remembers in its state, its param_groups, or in attributes that are numbers or tensors"
+            )
         self._compare_evaluation()
         if not self.short and not any(block.out):
             self._read_back(kept, ideal)
@@ -378,12 +385,19 @@ class _Rehearsing:
                 "a module that the problem keeps, and not that of the model that it is given"
             )
         notes = [*warnings]
+        if self.recipe_given.mix_moments:
+            self._check_moments()
         if unreached:
             notes.append(f"no loss reaches {_listed(unreached)}; as in torch, what has no gradient stays as it is")
         if kept:
             notes.append(
                 f"the model keeps {_listed(kept)} in Python, in no checkpoint: a resumed run begins it anew; make it a "
                 "buffer, or part of get_extra_state"
+            )
+        if empty := sorted(name for name, kept_now in self._kept_by_optimizers().items() if kept_now[1:] == ([],)):
+            notes.append(
+                f"train.optimizer: {_listed(empty)} is empty in the first steps; what an optimizer keeps there later "
+                "is in no checkpoint"
             )
         alone = False
         if self.recipe.order == "adapt_then_combine":
@@ -573,6 +587,36 @@ class _Rehearsing:
             if not any(t.grad_fn is not None for t in tensors_in(value)):
                 kept.append(name)
         return kept
+
+    def _check_moments(self) -> None:
+        """Makes sure that the optimizers keep the same moments of all parameters that transfer.
+
+        Raises:
+            ValueError: a group has others.
+        """
+        names = moment_names(self.recipe.optimizer)
+        for member in self.block.optimizers.members:
+            for name, parameter in list(zip(member.names, member.parameters, strict=True))[: self.layout.moving]:
+                for one in member.optimizers:
+                    state = one.state.get(parameter)
+                    if state and (
+                        one is not member.optimizers[0] or not all(isinstance(state.get(n), Tensor) for n in names)
+                    ):
+                        raise ValueError(
+                            f"transfer.mix_moments: parameter {name} is in a group whose optimizer does not keep "
+                            f"{', '.join(names)} as that of the rest does; give the groups one optimizer, or "
+                            "mix_moments: false"
+                        )
+
+    def _kept_by_optimizers(self) -> dict[str, Any]:
+        """What the optimizers of the first row keep where no checkpoint holds it, to compare."""
+        members = self.block.optimizers.members[:1]
+        return {
+            f"{type(optimizer).__name__}.{name}": fingerprint(value, depth=4)
+            for member in members
+            for optimizer in member.optimizers
+            for name, value in kept_elsewhere(optimizer).items()
+        }
 
     def _compare_models(self) -> None:
         """Compares buffers, frozen parameters, and the keys of the state_dict."""

@@ -1154,3 +1154,21 @@ class Forgets(Animal):
 class TiedAcross(Tied):
     def transfers(self, parameter):
         return not parameter.startswith("out")
+
+
+@kind("one buffer of two modules", loop="")
+class SharedBuffer(Animal):
+    class Part(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.register_buffer("shift", shift)
+
+    def model(self):
+        shift = torch.zeros(2)
+        return nn.ModuleDict({"net": mlp(), "writes": self.Part(shift), "reads": self.Part(shift)})
+
+    def losses(self, model, batch):
+        x, y = batch
+        if model.training:
+            model["writes"].shift.add_(0.1)
+        return (model["net"](x) + model["reads"].shift - y).square().mean(0)
