@@ -99,7 +99,7 @@ class Recipe:
     clip: Clip | None = None
     accumulate: int = 1
     replication: Replication = "copy"
-    generators: tuple[str, ...] = ("torch",)
+    generators: tuple[str, ...] = ("torch", "numpy", "random")
     shared: tuple[str, ...] | None = None
     compiled: bool = False
 
@@ -411,13 +411,18 @@ class Block:
                     yield i, self.gradient_rows.parameters[i], f, (i, j) == (k - 1, n - 1)
             return
         for j in range(n):
-            batches = [self.draw(i) for i in range(k)]
+            batches, drawn = [], []
+            for i in range(k):
+                batches.append(self.draw(i))
+                drawn.append(torch.default_generator.get_state())
             last = j == n - 1
             try:
                 with self.autocast():
                     F, scalars = self.stacked.losses(batches)
             except (NotStackable, RuntimeError):  # shorter batches at the end of an epoch; a branch not seen before
                 for i, batch in enumerate(batches):
+                    self.feed.streams[i].seed_losses()
+                    torch.default_generator.set_state(drawn[i])
                     f = None if self.out[i] else self.losses(i, batch)
                     yield i, self.gradient_rows.parameters[i], f, last and i == k - 1
             else:

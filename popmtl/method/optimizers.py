@@ -88,15 +88,21 @@ class Clip:
 def assign(names: Sequence[str], groups: Sequence[ParameterGroup]) -> list[list[str]]:
     """Which parameters are the groups', and which are left, as the last list.
 
+    A pattern that is the name of a parameter, such as `layers.w[0]`, means that one alone.
+
     Raises:
         ValueError: a pattern matches no parameter, or a group gets none that an earlier one has not taken.
     """
+
+    def matches(name: str, pattern: str) -> bool:
+        return name == pattern if pattern in names else fnmatchcase(name, pattern)
+
     left, taken = list(names), []
     for group in groups:
         for pattern in group.match:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in names):
                 raise ValueError(f"groups: match {pattern!r} matches no parameter; there are {_some(names)}")
-        mine = [name for name in left if any(fnmatchcase(name, pattern) for pattern in group.match)]
+        mine = [name for name in left if any(matches(name, pattern) for pattern in group.match)]
         if not mine:
             raise ValueError(f"groups: match {', '.join(group.match)} has no parameter that an earlier group leaves")
         left = [name for name in left if name not in mine]
@@ -239,8 +245,10 @@ class Member:
             state = unpack(plain, tensors)
             optimizer.state.clear()
             for name, memory in state["state"].items():
-                optimizer.state[parameter_of[name]] = {
-                    key: _at_home(key, value, parameter_of[name]) for key, value in memory.items()
+                parameter = parameter_of[name]
+                group = _group_of(optimizer, parameter)
+                optimizer.state[parameter] = {
+                    key: _at_home(key, value, parameter, group) for key, value in memory.items()
                 }
             for name, value in state["own"]["state"].items():
                 optimizer.state[name] = value
@@ -267,11 +275,24 @@ def kept_elsewhere(optimizer: Optimizer) -> dict[str, Any]:
     return {k: v for k, v in vars(optimizer).items() if k not in known and not callable(v)}
 
 
-def _at_home(key: str, value: Any, parameter: Tensor) -> Any:
-    """A value of an optimizer's memory, on its parameter's device; counts of steps stay on the CPU, as in torch."""
-    if not isinstance(value, Tensor) or key == "step":
-        return value.clone() if isinstance(value, Tensor) else value
-    return value.to(parameter.device, copy=True)
+def _at_home(key: str, value: Any, parameter: Tensor, group: Mapping[str, Any]) -> Any:
+    """A copy of a value of an optimizer's memory, its tensors on their parameter's device.
+
+    Counts of steps stay where they are, as in torch, but for optimizers that count on the device.
+    """
+    if isinstance(value, Tensor):
+        stays = key == "step" and not (group.get("fused") or group.get("capturable"))
+        return value.clone() if stays else value.to(parameter.device, copy=True)
+    if isinstance(value, Mapping):
+        return {name: _at_home(str(name), one, parameter, group) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_at_home(key, one, parameter, group) for one in value)
+    return value
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """The options of a parameter of an optimizer."""
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,10 +440,10 @@ class Optimizers:
         """Gives a member's one optimizer what an optimizer of those columns of its row remembers."""
         column = bucket.first
         for index in bucket.parameters if state else ():
-            parameter = member.parameters[index]
+            parameter, group = member.parameters[index], member.optimizers[0].param_groups[0]
             part = slice(column - bucket.first, column - bucket.first + parameter.numel())
             member.optimizers[0].state[parameter] = {
-                key: _at_home(key, value if _is_scalar(value) else value[part].view_as(parameter), parameter)
+                key: _at_home(key, value if _is_scalar(value) else value[part].view_as(parameter), parameter, group)
                 for key, value in state.items()
             }
             column += parameter.numel()
@@ -468,9 +489,10 @@ class Optimizers:
             _resume_schedule(self.members[i].optimizers[0], self.members[i].schedules, whole)
             return
         for bucket, (optimizer, schedules) in zip(self.buckets, self.whole, strict=True):
-            piece = optimizer.param_groups[0]["params"][i]
+            group = optimizer.param_groups[0]
+            piece = group["params"][i]
             optimizer.state[piece] = {
-                key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece)
+                key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece, group)
                 for key, value in whole["state"].items()
             }
             if not i:  # all rows have one

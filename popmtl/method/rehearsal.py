@@ -31,7 +31,7 @@ from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.optimizers import Member, Stepping, kept_elsewhere, make_optimizers, moment_names, steps_whole_rows
-from popmtl.method.problem import Problem, evaluating, parted, reference_of, to_model
+from popmtl.method.problem import Problem, VectorProblem, evaluating, parted, reference_of, to_model
 from popmtl.method.replica import (
     Replication,
     attributes,
@@ -72,7 +72,7 @@ class Rehearsal:
     Attributes:
         layout: of a row.
         replication: how the models of rows can be made.
-        generators: "torch", and which other global random generators that draws or losses use.
+        generators: "torch", and which other global random generators draws or losses may use.
         stepping: over whole rows, or over the models' own parameters.
         in_pieces: whether the optimizer treats each entry alone, and all alike, so that pieces of a row may step alone.
         scalars: names of what `losses` reports beside the losses.
@@ -140,12 +140,17 @@ def rehearse(
         Exception: whatever the problem's code raises.
     """
     with kept_generators():
-        model = _starts_alike(problem, recipe)
+        model = _starts_alike(problem, recipe, aligned)
         recipe, warnings = _share(problem, recipe, aligned)
-        reached = _glance(problem, model, recipe)
-        started = time.perf_counter()
-        _glance(problem, model, recipe)
+        reached = _glance(problem, model, recipe, warnings)
+        before, started = _counters(problem), time.perf_counter()
+        _glance(problem, model, recipe, [])
         short = time.perf_counter() - started > LONG
+        if counted := sorted(name for name, value in _counters(problem).items() if before.get(name, value) != value):
+            warnings.append(
+                f"the problem changes {_listed(counted)} with each batch: all members share it, and a resumed run "
+                "begins it anew; make it a buffer of the model"
+            )
         if mixes:
             _refuse_jumps(problem, model, recipe)
         del model
@@ -163,7 +168,7 @@ def rehearse(
                 raise again if not isinstance(error, Mismatch) else error from None
 
 
-def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
+def _starts_alike(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> nn.Module:
     """A model, after two were alike, and had the losses that it has in its own dtypes.
 
     Raises:
@@ -175,8 +180,8 @@ def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
     for name, parameter in first.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float64 != recipe.dtype:
             raise ValueError(f"parameter {name} is of torch.float64, and would be trained in float32; see train.dtype")
-        if parameter._post_accumulate_grad_hooks and recipe.accumulate > 1:
-            raise ValueError(f"parameter {name} has a hook on its accumulated gradient, which accumulate cannot serve")
+        if parameter._post_accumulate_grad_hooks and (served := _no_hooks(recipe, aligned)):
+            raise ValueError(f"parameter {name} has a hook on its accumulated gradient, which {served} cannot serve")
     as_written = _initial_losses(problem, first, recipe)
     first = initial_model(problem, recipe.seed, recipe.dtype)
     second = initial_model(problem, recipe.seed, recipe.dtype)
@@ -201,6 +206,13 @@ def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
     return second
 
 
+def _no_hooks(recipe: Recipe, aligned: AlignedRecipe | None) -> str | None:
+    """What of a run takes gradients otherwise than by one backward pass a step."""
+    if recipe.accumulate > 1:
+        return "accumulate"
+    return "train.gradient" if recipe.gradient else "fine_tune" if aligned else None
+
+
 def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> tuple[Recipe, list[str]]:
     """The recipe with the parameters that all losses share, where something asks for them; and what there is to say."""
     if not (recipe.gradient or (aligned and aligned.variant == "exact")):
@@ -212,13 +224,35 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
     ]
 
 
-def _glance(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
+def _counters(problem: Problem) -> dict[str, int | float]:
+    """The numbers among a problem's attributes."""
+    return {name: value for name, value in vars(problem).items() if isinstance(value, int | float)}
+
+
+def _trained_elsewhere(problem: Problem, model: nn.Module) -> list[str]:
+    """Parameters with gradients that are the problem's, and not the model's, by name."""
+    own, found = {id(p) for p in model.parameters()}, []
+    for attribute, value in vars(problem).items():
+        named = value.named_parameters(attribute) if isinstance(value, nn.Module) else [(attribute, value)]
+        for name, p in named:
+            if isinstance(p, nn.Parameter) and id(p) not in own and p.grad is not None:
+                found.append(name)
+                p.grad = None
+    return found
+
+
+def _glance(problem: Problem, model: nn.Module, recipe: Recipe, warnings: list[str]) -> set[str]:
     """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient."""
     batch = to_model(first_batch(problem, recipe.seed), reference_of(model))
     f, _ = parted(problem.losses(model, batch))
     check_losses(f, problem)
     model.zero_grad(set_to_none=True)
     f.sum().backward()
+    if left := _trained_elsewhere(problem, model):
+        warnings.append(
+            f"losses() has gradients in {_listed(left)} of the problem, which no optimizer has: only what is in the "
+            "model is trained"
+        )
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
@@ -406,10 +440,13 @@ class _Rehearsing:
         stackable = why_not_stacked(block) if self.stack and len(block.models) > 1 else None
         if self.aligned:
             self._fine_tune(self.aligned, ideal)
+        # What takes no random numbers now may do so in later batches. A formula is not seeded for what it may do: that
+        # takes 8 µs a row and step.
+        no_data = type(problem).batches is VectorProblem.batches
         return Rehearsal(
             layout=self.layout,
             replication=self.recipe.replication,
-            generators=("torch", *sorted(self.used)),
+            generators=("torch", *sorted(self.used | (set() if no_data else {"numpy", "random"}))),
             stepping=self.stepping,
             in_pieces=self.in_pieces,
             scalars=tuple(sorted(self.scalars)),

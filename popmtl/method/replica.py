@@ -53,6 +53,11 @@ def model_as_written(problem: Problem, seed: int) -> nn.Module:
             raise ValueError(
                 f"{name} is lazy: it has no shape yet; have model() run the network once on an example, as torch asks"
             )
+        if value.layout != torch.strided:
+            raise ValueError(
+                f"{name} is of layout {value.layout}, which copies and files of models do not hold; keep its indices "
+                "and values as two buffers, and make it of them in forward"
+            )
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device: it has no values; have model() load or draw some")
     return model

@@ -10,8 +10,9 @@ from torch import nn
 from toy_problems import NoisyRegression
 
 from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
+from popmtl.method.gradients import gradient_method
 from popmtl.method.mtgd import Block, Chunk, Recipe
-from popmtl.method.optimizers import ParameterGroup
+from popmtl.method.optimizers import ParameterGroup, assign
 from popmtl.method.problem import Problem
 from popmtl.method.rehearsal import rehearse
 from popmtl.method.snapshot import RowState, put, take
@@ -247,3 +248,76 @@ def test_a_buffer_of_two_modules_stays_one_when_it_is_put_back():
     for model in block.models:
         assert model.writes.shift is model.reads.shift
         assert not model.reads.shift.any()
+
+
+class Lists(torch.optim.Optimizer):
+    """Keeps its latest gradients in a list, and decays them in place."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            latest = self.state[p].setdefault("latest", [])
+            latest[:] = [*latest, p.grad.clone()][-3:]
+            p -= 0.01 * sum(latest)
+            for gradient in latest:
+                gradient.mul_(0.9)
+
+
+def test_a_state_that_is_put_twice_does_not_change():
+    block = Block(NoisyRegression(), range(3), W, Recipe(Lists, dtype=torch.float32, seed=4))
+    block.run(chunk(0, CUT))
+    states = take(block, block.optimizers)
+    put(block, block.optimizers, states)
+    expected = block.run(chunk(CUT, STEPS))
+    put(block, block.optimizers, states)
+    np.testing.assert_array_equal(block.run(chunk(CUT, STEPS)), expected)
+
+
+class Hooked(NoisyRegression):
+    def model(self):
+        model = super().model()
+        next(model.parameters()).register_post_accumulate_grad_hook(halve)
+        return model
+
+
+def halve(parameter):
+    parameter.grad /= 2
+
+
+def test_hooks_on_accumulated_gradients_are_refused_where_none_accumulate():
+    aligned = AlignedRecipe(3, OPTIMIZERS["sgd"])
+    for recipe, stage, what in (
+        (Recipe(OPTIMIZERS["sgd"], accumulate=2), None, "accumulate"),
+        (Recipe(OPTIMIZERS["sgd"]), aligned, "fine_tune"),
+        (Recipe(OPTIMIZERS["sgd"], gradient=lambda: gradient_method("aligned_mtl", 2)), None, "train.gradient"),
+    ):
+        with pytest.raises(ValueError, match=f"has a hook on its accumulated gradient, which {what} cannot serve"):
+            rehearse(Hooked(), W, recipe, stage)
+
+
+class Keeps(NoisyRegression):
+    """Has learned weights of the losses, and counts its batches, itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_variances, self.calls = nn.Parameter(torch.zeros(2)), 0
+
+    def losses(self, model, batch):
+        self.calls += 1
+        return super().losses(model, batch) * (-self.log_variances).exp() + self.log_variances
+
+
+def test_what_a_problem_keeps_itself_is_named():
+    warnings = rehearse(Keeps(), W, Recipe(OPTIMIZERS["sgd"])).warnings
+    assert any("gradients in log_variances of the problem, which no optimizer has" in one for one in warnings)
+    assert any("the problem changes calls with each batch" in one for one in warnings)
+    assert not rehearse(NoisyRegression(), W, Recipe(OPTIMIZERS["sgd"])).warnings
+
+
+def test_a_pattern_that_is_the_name_of_a_parameter_means_that_one():
+    names = ["d.w[0]", "d.w*", "d.w0"]
+    groups = [ParameterGroup((pattern,), {}) for pattern in ("d.w[0]", "d.w*")]
+    assert assign(names, groups) == [["d.w[0]"], ["d.w*"], ["d.w0"]]

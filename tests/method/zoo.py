@@ -1172,3 +1172,40 @@ class SharedBuffer(Animal):
         if model.training:
             model["writes"].shift.add_(0.1)
         return (model["net"](x) + model["reads"].shift - y).square().mean(0)
+
+
+@kind("numpy in later batches alone", loop="?")
+class LaterNumpy(Animal):
+    def model(self):
+        return mlp()
+
+    def batch(self, generator, count):
+        x, y = super().batch(generator, count)
+        return (x + np.random.rand() if count >= 3 else x), y
+
+
+@kind("random numbers in shorter batches alone", loop="?")
+class RandomInShort(Animal):
+    def model(self):
+        return mlp()
+
+    def batch(self, generator, count):
+        return self.examples(4 if count >= 2 else 8, generator)
+
+    def losses(self, model, batch):
+        x, y = batch
+        if model.training and len(x) == 4:
+            x = x + torch.randn_like(x)
+        return (model(x) - y).square().mean(0)
+
+
+@kind("a sparse buffer", "refused", "adjacency is of layout torch.sparse_coo", "")
+class SparseBuffer(Animal):
+    def model(self):
+        model = mlp()
+        model.register_buffer("adjacency", torch.eye(6).to_sparse())
+        return model
+
+    def losses(self, model, batch):
+        x, y = batch
+        return (model(torch.sparse.mm(model.adjacency, x.T).T) - y).square().mean(0)
