@@ -48,6 +48,7 @@ from popmtl.method.replica import (
     initial_model,
     load_exported,
     replicate,
+    set_constants,
 )
 from popmtl.method.scalarization import Scalarization
 from popmtl.method.stacked import Execution, NotStackable, Stacked, choose
@@ -534,7 +535,11 @@ class Block:
         return departures
 
     def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
-        """Row i is in again: parameters and buffers as given, by name, its optimizer without memory."""
+        """Row i is in again: parameters and buffers as given, by name, its optimizer without memory.
+
+        Buffers that no state_dict has begin anew.
+        """
+        set_constants(self.models[i], {}, self.initial, self.layout.names)
         load_exported(self.models[i], {name: torch.from_numpy(np.array(value)) for name, value in state.items()})
         self.optimizers.forget(i)
         self.out[i] = False

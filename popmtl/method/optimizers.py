@@ -8,6 +8,7 @@ a gradient is not stepped.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,10 +209,13 @@ class Member:
             if isinstance(schedule, ReduceLROnPlateau):
                 schedule.step(value)
 
-    def forget(self) -> None:
-        """Lets the optimizers begin without memory; rates and schedules stay."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+    def take_rates(self, other: Member) -> None:
+        """Goes to where the schedules of another member of the same optimizers are; without schedules nothing does."""
+        for schedule, its in zip(self.schedules, other.schedules, strict=True):
+            schedule.load_state_dict(copy.deepcopy(its.state_dict()))
+        for optimizer, its_optimizer in zip(self.optimizers, other.optimizers if self.schedules else (), strict=False):
+            for group, its_group in zip(optimizer.param_groups, its_optimizer.param_groups, strict=True):
+                group.update({key: value for key, value in _options(its_group).items() if key in SCHEDULED})
 
     def rate(self) -> float:
         """The learning rate of the first group."""
@@ -315,9 +319,20 @@ def _resume_schedule(optimizer: Optimizer, schedules: Sequence[LRScheduler], sav
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 for _ in range(saved["schedule"]["last_epoch"]):
                     schedule.step()
+            for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+                group.update({key: value for key, value in options.items() if key not in SCHEDULED})
             return
         schedule.load_state_dict(saved["schedule"])
     _restore_options(optimizer, saved["groups"])
+
+
+SCHEDULED = frozenset(
+    (
+        *("lr", "initial_lr", "max_lr", "min_lr", "swa_lr"),
+        *("momentum", "betas", "base_momentum", "max_momentum"),
+    )
+)
+"""What schedules change, or remember, in the options of a group."""
 
 
 PROGRESS = frozenset(
@@ -390,15 +405,11 @@ class Optimizers:
             self._make_members()
 
     def _make_members(self) -> None:
-        self.members = [
-            Member(
-                self.layout.names,
-                model,
-                make_optimizers(self.make, self.groups, self.problem, model, self.layout.names),
-                self.lr_schedule,
-            )
-            for model in self.models
-        ]
+        self.members = [self._make_member(model) for model in self.models]
+
+    def _make_member(self, model: nn.Module) -> Member:
+        optimizers = make_optimizers(self.make, self.groups, self.problem, model, self.layout.names)
+        return Member(self.layout.names, model, optimizers, self.lr_schedule)
 
     def step(self, index: int) -> None:
         """Steps the columns of one bucket of all rows, all of whose parameters have gradients, and its schedule."""
@@ -499,9 +510,10 @@ class Optimizers:
                 _resume_schedule(optimizer, schedules, whole)
 
     def forget(self, i: int) -> None:
-        """Lets row i's optimizers begin without memory."""
+        """Lets row i's optimizers begin without memory, wherever they keep it; rates and schedules stay."""
         if self.members:
-            self.members[i].forget()
+            old, self.members[i] = self.members[i], self._make_member(self.models[i])
+            self.members[i].take_rates(old)
         for optimizer, _ in self.whole:
             optimizer.state.pop(optimizer.param_groups[0]["params"][i], None)
 

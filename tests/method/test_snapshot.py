@@ -321,3 +321,69 @@ def test_a_pattern_that_is_the_name_of_a_parameter_means_that_one():
     names = ["d.w[0]", "d.w*", "d.w0"]
     groups = [ParameterGroup((pattern,), {}) for pattern in ("d.w[0]", "d.w*")]
     assert assign(names, groups) == [["d.w[0]"], ["d.w*"], ["d.w0"]]
+
+
+class Distance(torch.optim.Optimizer):
+    """Adapts its rate in the options of its group, counts in an attribute, and remembers where it began."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.05, "d": 0.1})
+        self.steps = 0
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["start"] = p.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        (group,) = self.param_groups
+        group["d"] = 0.9 * group["d"] + 0.1 * float(sum(p.grad.norm() for p in group["params"]))
+        for p in group["params"]:
+            p.add_(p.grad, alpha=-group["lr"] * group["d"]).lerp_(self.state[p]["start"], 0.01)
+
+
+def distance(steps):
+    def cosine(optimizer):
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    return Recipe(Distance, cosine, dtype=torch.float32, seed=4)
+
+
+def test_a_longer_schedule_loses_nothing_of_what_a_group_remembers():
+    block = Block(NoisyRegression(), range(3), W, distance(STEPS))
+    block.run(chunk(0, CUT))
+    new = Block(NoisyRegression(), range(3), W, distance(2 * STEPS))
+    put(new, new.optimizers, through_json(take(block, block.optimizers)))
+    for a, b in zip(new.optimizers.members, block.optimizers.members, strict=True):
+        (one,), (other,) = a.optimizers[0].param_groups, b.optimizers[0].param_groups
+        assert one["d"] == other["d"] != 0.1
+        assert one["lr"] == pytest.approx(0.025 * (1 + math.cos(math.pi * CUT / (2 * STEPS))))
+
+
+def test_a_row_that_starts_again_has_an_optimizer_without_any_memory():
+    block = Block(NoisyRegression(), range(3), W, distance(STEPS))
+    block.run(chunk(0, CUT))
+    (optimizer,) = block.optimizers.members[0].optimizers
+    rate, optimizer.param_groups[0]["d"] = optimizer.param_groups[0]["lr"], math.nan
+    block.reseed(0, block.state(1))
+    (optimizer,) = block.optimizers.members[0].optimizers
+    assert (optimizer.param_groups[0]["d"], optimizer.param_groups[0]["lr"], optimizer.steps) == (0.1, rate, 0)
+    for p in block.optimizers.members[0].parameters:
+        assert torch.equal(optimizer.state[p]["start"], p)
+    assert np.isfinite(block.run(chunk(CUT, STEPS))).all()
+
+
+class Unsaved(NoisyRegression):
+    def model(self):
+        model = super().model()
+        model.register_buffer("shift", torch.zeros(2), persistent=False)
+        return model
+
+    def losses(self, model, batch):
+        return super().losses(model, batch) + model.shift
+
+
+def test_a_row_that_starts_again_has_no_nan_left_in_buffers_that_are_not_saved():
+    block = Block(Unsaved(), range(3), W, Recipe(OPTIMIZERS["sgd"], dtype=torch.float32))
+    block.models[0].shift.fill_(math.nan)
+    block.reseed(0, block.state(1))
+    assert np.isfinite(block.run(chunk(0, 2))).all()
