@@ -298,6 +298,9 @@ class Block:
         A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
         self.gradient_rows.clear()
+        if self.stacked and not self.stacked.serves(self.models):
+            self.stacked = None
+            self._watch(dict(self.models[-1].named_parameters()))
         self.feed.expect(len(chunk) * self.recipe.accumulate)
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None

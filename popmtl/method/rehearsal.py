@@ -413,7 +413,9 @@ class _Rehearsing:
         own = sum(value.nbytes for value in own_constants(model, block.initial, self.layout.names).values())
         constant = sum(value.nbytes for value in block.initial.values()) - own
         unreached = [name for name in self.layout.names if name not in self.reached]
-        if elsewhere := self.at_a_glance & set(unreached):
+        elsewhere = self.at_a_glance & set(unreached)
+        # Perhaps by that batch alone, as an expert that the rows' batches did not come to.
+        if elsewhere and (elsewhere := elsewhere - _glance(problem, self.own[0], self.recipe, [])):
             raise Mismatch(
                 f"parameter {sorted(elsewhere)[0]} has a gradient only in the model that was made last: losses() uses "
                 "a module that the problem keeps, and not that of the model that it is given"

@@ -1209,3 +1209,41 @@ class SparseBuffer(Animal):
     def losses(self, model, batch):
         x, y = batch
         return (model(torch.sparse.mm(model.adjacency, x.T).T) - y).square().mean(0)
+
+
+@kind("an expert for each member's batches", loop="")
+class Routed(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.experts = nn.Linear(6, 5), nn.ModuleList([nn.Linear(5, 2) for _ in range(9)])
+
+        def forward(self, x, expert):
+            return self.experts[expert](torch.tanh(self.body(x)))
+
+    def model(self):
+        return self.Net()
+
+    def batch(self, generator, count):
+        return (*super().batch(generator, count), torch.tensor(generator.initial_seed() % 9))
+
+    def losses(self, model, batch):
+        x, y, *expert = batch
+        return (model(x, int(expert[0]) if expert else 0) - y).square().mean(0)
+
+
+@kind("a buffer that evaluation changes", loop="?")
+class CountsEvaluations(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.out = nn.Linear(6, 5), nn.Linear(5, 2)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            if not self.training:
+                self.seen += 1
+            return self.out(torch.tanh(self.body(x))) * (1 + self.seen / 8)
+
+    def model(self):
+        return self.Net()
