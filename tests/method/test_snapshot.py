@@ -387,3 +387,15 @@ def test_a_row_that_starts_again_has_no_nan_left_in_buffers_that_are_not_saved()
     block.models[0].shift.fill_(math.nan)
     block.reseed(0, block.state(1))
     assert np.isfinite(block.run(chunk(0, 2))).all()
+
+
+class SparseBuffer(NoisyRegression):
+    def model(self):
+        model = super().model()
+        model.register_buffer("adjacency", torch.eye(6).to_sparse())
+        return model
+
+
+def test_a_sparse_buffer_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"adjacency is of layout torch\.sparse_coo"):
+        rehearse(SparseBuffer(), W, Recipe(OPTIMIZERS["sgd"]))

@@ -1199,18 +1199,6 @@ class RandomInShort(Animal):
         return (model(x) - y).square().mean(0)
 
 
-@kind("a sparse buffer", "refused", "adjacency is of layout torch.sparse_coo", "")
-class SparseBuffer(Animal):
-    def model(self):
-        model = mlp()
-        model.register_buffer("adjacency", torch.eye(6).to_sparse())
-        return model
-
-    def losses(self, model, batch):
-        x, y = batch
-        return (model(torch.sparse.mm(model.adjacency, x.T).T) - y).square().mean(0)
-
-
 @kind("an expert for each member's batches", loop="")
 class Routed(Animal):
     class Net(nn.Module):
