@@ -299,7 +299,10 @@ def _check_schedule(given: Schedules, steps: int, optimizer: OptimizerConfig) ->
         return
     parts = given if isinstance(given, list) else [given]
     try:
-        schedule = make(optimizer.build()([torch.zeros(2, 2)]))
+        # An argument may be a list, one value for each group; how many there are, the problem may say.
+        lists = [value for part in parts for value in (part.model_extra or {}).values() if isinstance(value, list)]
+        groups = range(max(map(len, lists), default=1) or 1)
+        schedule = make(optimizer.build()([{"params": [torch.zeros(2, 2)]} for _ in groups]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the optimizer takes no step
             for _ in range(0 if isinstance(schedule, ReduceLROnPlateau) else min(steps, WALKED)):

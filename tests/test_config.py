@@ -265,3 +265,12 @@ def test_a_resolved_config_makes_the_same_config_again(load):
     text = yaml.safe_dump(resolved)
     assert load(text) == config
     assert Config.model_validate(yaml.safe_load(text)) == config
+
+
+def test_a_schedule_may_have_a_rate_for_each_group(load):
+    lists = "lr_schedule: {name: OneCycleLR, max_lr: [0.1, 0.2], total_steps: 30}"
+    load(
+        "problem: {name: vlmop2}\n"
+        "population: {weights: [[0.25, 0.75], [1.0, 0.0]]}\n"
+        f"train: {{steps: 30, optimizer: {{name: Adam, lr: 0.1, groups: [{{match: x, lr: 0.2}}]}}, {lists}}}\n"
+    )

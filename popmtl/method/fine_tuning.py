@@ -129,6 +129,8 @@ class FineTuning:
             for i, taken in enumerate(self.stability):
                 if len(taken) > before[i]:
                     measured[n, i] = taken[-1]
+        for model, row in zip(self.block.models, self.block.rows, strict=True):
+            self.block.layout.check_bound(model, row)
         return losses.double().cpu().numpy(), measured
 
     def step(self, t: int) -> Tensor:

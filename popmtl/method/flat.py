@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +51,16 @@ class Layout:
                     f"parameter {name} is of {p.dtype}; only real floating-point parameters can be trained{hint}"
                 )
         _refuse_overlaps(model, parameters)
-        moving = [name for name in parameters if transfers(name)]
+        moves = {name: _transfers(name, transfers) for name in parameters}
+        names_of = {id(p): name for name, p in parameters.items()}
+        for alias, p in model.named_parameters(remove_duplicate=False):
+            first = names_of.get(id(p), alias)
+            if alias != first and _transfers(alias, transfers) != moves.get(first, False):
+                raise ValueError(
+                    f"{first} and {alias} are one parameter, and transfers() says that one of them transfers and the "
+                    "other does not; let it say the same of both"
+                )
+        moving = [name for name in parameters if moves[name]]
         names = (*moving, *(name for name in parameters if name not in set(moving)))
         return cls(names, tuple(parameters[n].shape for n in names), len(moving))
 
@@ -81,21 +91,52 @@ class Layout:
         """Makes sure that a model still trains what is in its row.
 
         Raises:
-            ValueError: one of its parameters is elsewhere: the model's own code has put another in its place.
+            ValueError: one of its parameters is elsewhere: the model's own code has put another in its place. Or one
+                is trainable that is in no row.
         """
-        present = dict(model.named_parameters())
-        for name, view in self.views(row).items():
+        present, views = dict(model.named_parameters()), self.views(row)
+        for name, view in views.items():
             if name not in present or present[name].data_ptr() != view.data_ptr():
                 raise ValueError(
                     f"parameter {name} was replaced while the model ran; change it in place (copy_, clamp_, …) under "
                     "torch.no_grad(), so that it is the one that is trained"
                 )
+        for name, p in present.items():
+            if p.requires_grad and name not in views:
+                raise ValueError(
+                    f"parameter {name} was frozen, or absent, at the start, and is trainable now: no optimizer has "
+                    "it; let it be trainable from the start, and detach it until it is to train"
+                )
+
+    def in_columns(self, model: nn.Module, value: Tensor) -> Tensor:
+        """A value for each entry, shape (D,), in the order of the columns, from one in that of `model.parameters()`.
+
+        Values of other shapes are for all entries, and stay as they are.
+        """
+        if value.shape != (self.size,):
+            return value
+        sizes = dict(zip(self.names, map(math.prod, self.shapes), strict=True))
+        own = [name for name, _ in model.named_parameters() if name in sizes]
+        pieces = dict(zip(own, value.split([sizes[name] for name in own]), strict=True))
+        return torch.cat([pieces[name] for name in self.names])
 
     def columns(self, names: set[str]) -> Tensor:
         """A boolean mask, shape (D,), of the columns that belong to the named parameters."""
         return torch.cat(
             [torch.full((math.prod(s),), n in names) for n, s in zip(self.names, self.shapes, strict=True)]
         )
+
+
+def _transfers(name: str, transfers: Callable[[str], bool]) -> bool:
+    """Whether a parameter transfers.
+
+    Raises:
+        ValueError: neither True nor False, as of a method that forgets to return.
+    """
+    answer: object = transfers(name)
+    if not isinstance(answer, bool | np.bool_):
+        raise ValueError(f"transfers({name!r}) must return True or False, and returned {answer!r}")
+    return bool(answer)
 
 
 def _refuse_overlaps(model: nn.Module, trainable: dict[str, nn.Parameter]) -> None:

@@ -48,6 +48,7 @@ from popmtl.method.replica import (
     initial_model,
     load_exported,
     replicate,
+    set_constants,
 )
 from popmtl.method.scalarization import Scalarization
 from popmtl.method.stacked import Execution, NotStackable, Stacked, choose, why_not_stacked
@@ -99,7 +100,7 @@ class Recipe:
     clip: Clip | None = None
     accumulate: int = 1
     replication: Replication = "copy"
-    generators: tuple[str, ...] = ("torch",)
+    generators: tuple[str, ...] = ("torch", "numpy", "random")
     shared: tuple[str, ...] | None = None
     compiled: bool = False
 
@@ -303,6 +304,9 @@ class Block:
         A = torch.as_tensor(off_identity).to(self.rows) if self.layout.moving and off_identity.any() else None
         losses = []
         self.gradient_rows.clear()
+        if self.stacked and not self.stacked.serves(self.models):
+            self.stacked = None
+            self._watch(dict(self.models[-1].named_parameters()))
         self.feed.expect(len(chunk) * self.recipe.accumulate)
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None
@@ -417,13 +421,18 @@ class Block:
                     yield i, self.gradient_rows.parameters[i], f, (i, j) == (k - 1, n - 1)
             return
         for j in range(n):
-            batches = [self.draw(i) for i in range(k)]
+            batches, drawn = [], []
+            for i in range(k):
+                batches.append(self.draw(i))
+                drawn.append(torch.default_generator.get_state())
             last = j == n - 1
             try:
                 with self.autocast():
                     F, scalars = self.stacked.losses(batches)
             except (NotStackable, RuntimeError):  # shorter batches at the end of an epoch; a branch not seen before
                 for i, batch in enumerate(batches):
+                    self.feed.streams[i].seed_losses()
+                    torch.default_generator.set_state(drawn[i])
                     f = None if self.out[i] else self.losses(i, batch)
                     yield i, self.gradient_rows.parameters[i], f, last and i == k - 1
             else:
@@ -540,7 +549,11 @@ class Block:
         return departures
 
     def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
-        """Row i is in again: parameters and buffers as given, by name, its optimizer without memory."""
+        """Row i is in again: parameters and buffers as given, by name, its optimizer without memory.
+
+        Buffers that no state_dict has begin anew.
+        """
+        set_constants(self.models[i], {}, self.initial, self.layout.names)
         load_exported(self.models[i], {name: torch.from_numpy(np.array(value)) for name, value in state.items()})
         self.optimizers.forget(i)
         self.out[i] = False
@@ -548,7 +561,10 @@ class Block:
     def project(self) -> None:
         """Back into the problem's bounds, where it has some."""
         if self.problem.bounds is not None:
-            lower, upper = (torch.as_tensor(b, dtype=self.rows.dtype).to(self.rows) for b in self.problem.bounds)
+            lower, upper = (
+                self.layout.in_columns(self.models[0], torch.as_tensor(b, dtype=self.rows.dtype)).to(self.rows)
+                for b in self.problem.bounds
+            )
             torch.clamp(self.rows, lower, upper, out=self.rows)
 
     def evaluate(self, split: Split) -> list[Evaluation]:

@@ -8,6 +8,7 @@ a gradient is not stepped.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,17 +89,23 @@ class Clip:
 def assign(names: Sequence[str], groups: Sequence[ParameterGroup]) -> list[list[str]]:
     """Which parameters are the groups', and which are left, as the last list.
 
+    A pattern that is the name of a parameter, such as `layers.w[0]`, means that one alone.
+
     Raises:
         ValueError: a pattern matches no parameter, or a group gets none that an earlier one has not taken.
     """
+
+    def matches(name: str, pattern: str) -> bool:
+        return name == pattern if pattern in names else fnmatchcase(name, pattern)
+
     left, taken = list(names), []
     for group in groups:
         for pattern in group.match:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in names):
                 raise ValueError(
                     f"groups: match {pattern!r} matches no parameter that is trained; there are {_some(names)}"
                 )
-        mine = [name for name in left if any(fnmatchcase(name, pattern) for pattern in group.match)]
+        mine = [name for name in left if any(matches(name, pattern) for pattern in group.match)]
         if not mine:
             raise ValueError(f"groups: match {', '.join(group.match)} has no parameter that an earlier group leaves")
         left = [name for name in left if name not in mine]
@@ -240,10 +247,13 @@ class Member:
             if isinstance(schedule, ReduceLROnPlateau):
                 schedule.step(value)
 
-    def forget(self) -> None:
-        """Lets the optimizers begin without memory; rates and schedules stay."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+    def take_rates(self, other: Member) -> None:
+        """Goes to where the schedules of another member of the same optimizers are; without schedules nothing does."""
+        for schedule, its in zip(self.schedules, other.schedules, strict=True):
+            schedule.load_state_dict(copy.deepcopy(its.state_dict()))
+        for optimizer, its_optimizer in zip(self.optimizers, other.optimizers if self.schedules else (), strict=False):
+            for group, its_group in zip(optimizer.param_groups, its_optimizer.param_groups, strict=True):
+                group.update({key: value for key, value in _options(its_group).items() if key in SCHEDULED})
 
     def rate(self) -> float:
         """The learning rate of the first group."""
@@ -261,6 +271,7 @@ class Member:
         for i, optimizer in enumerate(self.optimizers):
             state = {
                 "state": {name_of[id(p)]: dict(value) for p, value in optimizer.state.items() if id(p) in name_of},
+                "own": own_memory(optimizer),
                 "groups": [_options(group) for group in optimizer.param_groups],
                 "schedule": self.schedules[i].state_dict() if self.schedules else None,
             }
@@ -276,21 +287,54 @@ class Member:
             state = unpack(plain, tensors)
             optimizer.state.clear()
             for name, memory in state["state"].items():
-                optimizer.state[parameter_of[name]] = {
-                    key: _at_home(key, value, parameter_of[name], optimizer) for key, value in memory.items()
+                parameter = parameter_of[name]
+                group = _group_of(optimizer, parameter)
+                optimizer.state[parameter] = {
+                    key: _at_home(key, value, parameter, group) for key, value in memory.items()
                 }
+            for name, value in state["own"]["state"].items():
+                optimizer.state[name] = value
+            vars(optimizer).update(state["own"]["attributes"])
             _resume_schedule(optimizer, self.schedules[i : i + 1], state)
 
 
-def _at_home(key: str, value: Any, parameter: Tensor, optimizer: Optimizer) -> Any:
-    """A value of an optimizer's memory, on its parameter's device; counts of steps stay on the CPU, as in torch.
+OWN_OF_TORCH = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=0.0)))
 
-    A fused or capturable optimizer has these on the device, too.
+
+def own_memory(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
+    """What an optimizer keeps beside the memory of each parameter: entries of its state, and plain attributes.
+
+    Objects, and what stands in dicts or lists in attributes, are not among it; see `kept_elsewhere`.
     """
-    on_device = any(optimizer.defaults.get(key) for key in ("fused", "capturable"))
-    if not isinstance(value, Tensor) or (key == "step" and not on_device):
-        return value.clone() if isinstance(value, Tensor) else value
-    return value.to(parameter.device, copy=True)
+    simple = (bool, int, float, str, type(None), Tensor)
+    attributes = {k: v for k, v in vars(optimizer).items() if k not in OWN_OF_TORCH and isinstance(v, simple)}
+    return {"state": {str(k): v for k, v in optimizer.state.items() if isinstance(k, str)}, "attributes": attributes}
+
+
+def kept_elsewhere(optimizer: Optimizer) -> dict[str, Any]:
+    """The attributes of an optimizer that no checkpoint holds, by name, but functions."""
+    known = OWN_OF_TORCH | own_memory(optimizer)["attributes"].keys()
+    return {k: v for k, v in vars(optimizer).items() if k not in known and not callable(v)}
+
+
+def _at_home(key: str, value: Any, parameter: Tensor, group: Mapping[str, Any]) -> Any:
+    """A copy of a value of an optimizer's memory, its tensors on their parameter's device.
+
+    Counts of steps stay where they are, as in torch, but for optimizers that count on the device.
+    """
+    if isinstance(value, Tensor):
+        stays = key == "step" and not (group.get("fused") or group.get("capturable"))
+        return value.clone() if stays else value.to(parameter.device, copy=True)
+    if isinstance(value, Mapping):
+        return {name: _at_home(str(name), one, parameter, group) for name, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_at_home(key, one, parameter, group) for one in value)
+    return value
+
+
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+    """The options of a parameter of an optimizer."""
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,9 +357,20 @@ def _resume_schedule(optimizer: Optimizer, schedules: Sequence[LRScheduler], sav
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 for _ in range(saved["schedule"]["last_epoch"] - schedule.last_epoch):
                     schedule.step()
+            for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+                group.update({key: value for key, value in options.items() if key not in SCHEDULED})
             return
         schedule.load_state_dict(saved["schedule"])
     _restore_options(optimizer, saved["groups"])
+
+
+SCHEDULED = frozenset(
+    (
+        *("lr", "initial_lr", "max_lr", "min_lr", "swa_lr"),
+        *("momentum", "betas", "base_momentum", "max_momentum"),
+    )
+)
+"""What schedules change, or remember, in the options of a group."""
 
 
 PROGRESS = frozenset(
@@ -388,15 +443,11 @@ class Optimizers:
             self._make_members()
 
     def _make_members(self) -> None:
-        self.members = [
-            Member(
-                self.layout.names,
-                model,
-                make_optimizers(self.make, self.groups, self.problem, model, self.layout.names),
-                self.lr_schedule,
-            )
-            for model in self.models
-        ]
+        self.members = [self._make_member(model) for model in self.models]
+
+    def _make_member(self, model: nn.Module) -> Member:
+        optimizers = make_optimizers(self.make, self.groups, self.problem, model, self.layout.names)
+        return Member(self.layout.names, model, optimizers, self.lr_schedule)
 
     def step(self, index: int) -> None:
         """Steps the columns of one bucket of all rows, all of whose parameters have gradients, and its schedule."""
@@ -438,11 +489,10 @@ class Optimizers:
         """Gives a member's one optimizer what an optimizer of those columns of its row remembers."""
         column = bucket.first
         for index in bucket.parameters if state else ():
-            parameter = member.parameters[index]
+            parameter, group = member.parameters[index], member.optimizers[0].param_groups[0]
             part = slice(column - bucket.first, column - bucket.first + parameter.numel())
-            (optimizer,) = member.optimizers
-            optimizer.state[parameter] = {
-                key: _at_home(key, value if _is_scalar(value) else value[part].view_as(parameter), parameter, optimizer)
+            member.optimizers[0].state[parameter] = {
+                key: _at_home(key, value if _is_scalar(value) else value[part].view_as(parameter), parameter, group)
                 for key, value in state.items()
             }
             column += parameter.numel()
@@ -488,18 +538,20 @@ class Optimizers:
             _resume_schedule(self.members[i].optimizers[0], self.members[i].schedules, whole)
             return
         for bucket, (optimizer, schedules) in zip(self.buckets, self.whole, strict=True):
-            piece = optimizer.param_groups[0]["params"][i]
+            group = optimizer.param_groups[0]
+            piece = group["params"][i]
             optimizer.state[piece] = {
-                key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece, optimizer)
+                key: _at_home(key, value if _is_scalar(value) else value[bucket.first : bucket.end], piece, group)
                 for key, value in whole["state"].items()
             }
             if not i:  # all rows have one
                 _resume_schedule(optimizer, schedules, whole)
 
     def forget(self, i: int) -> None:
-        """Lets row i's optimizers begin without memory."""
+        """Lets row i's optimizers begin without memory, wherever they keep it; rates and schedules stay."""
         if self.members:
-            self.members[i].forget()
+            old, self.members[i] = self.members[i], self._make_member(self.models[i])
+            self.members[i].take_rates(old)
         self.flat_moments = {key: flat for key, flat in self.flat_moments.items() if key[0] != i}
         for optimizer, _ in self.whole:
             optimizer.state.pop(optimizer.param_groups[0]["params"][i], None)
@@ -530,7 +582,9 @@ class Optimizers:
         member = self.members[i]
         for parameter, view in zip(member.parameters, self.layout.views(flat).values(), strict=True):
             state = next((one.state[parameter] for one in member.optimizers if parameter in one.state), None)
-            if state and state[name].data_ptr() != view.data_ptr():
+            if not state:
+                view.zero_()  # what others sent is remembered by nobody
+            elif state[name].data_ptr() != view.data_ptr():
                 state[name] = view.copy_(state[name])
         return flat
 

@@ -53,7 +53,8 @@ class Problem(ABC):
         ideal_point: a known lower bound of each objective, such as 0 for a cross-entropy; None tracks the least
             values that are seen during training.
         bounds: (lower, upper) for every parameter, kept by projection after each step; each a number
-            or a tensor of shape (D,). None leaves the parameters free.
+            or a tensor of shape (D,), for the entries of the trainable parameters one after the other, in the order of
+            `model.parameters()`. None leaves the parameters free.
         epochs: a stream of batches that ends starts over: what can be iterated again is, and an iterator is made anew
             by `batches` with a seed for that epoch. False: a stream that ends too early is refused, or fails the run.
         defaults: what a config that does not say otherwise takes: sections `population`, `scalarization`, `train`,
@@ -161,7 +162,7 @@ class Problem(ABC):
         Raises:
             ValueError: the split has no batches, a size is unknown or wrong, or `measure` returns what it must not.
         """
-        reference = next(model.parameters())
+        reference = reference_of(model)
         weights = Weights(self)
         to_device(self, reference.device)
         objectives = torch.zeros(len(self.objectives), dtype=torch.float64)
@@ -297,6 +298,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 DEFINE_SIZE = "define size(batch): how many examples it holds, or one number for each objective"
+
+
+def reference_of(model: nn.Module) -> Tensor:
+    """A parameter whose device and dtype batches take: the first that is not of integers, as quantized weights are."""
+    found = next((p for p in model.parameters() if p.is_floating_point() or p.is_complex()), None)
+    return next(model.parameters()) if found is None else found
 
 
 def to_model(batch: Any, reference: Tensor) -> Any:

@@ -30,12 +30,13 @@ from popmtl.method.gradients import LOOKED_AT, find_shared, gradients_of, nudged
 from popmtl.method.measured import check_names
 from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
-from popmtl.method.optimizers import Member, Stepping, make_optimizers, steps_whole_rows
-from popmtl.method.problem import Problem, evaluating, parted, to_model
+from popmtl.method.optimizers import Member, Stepping, kept_elsewhere, make_optimizers, moment_names, steps_whole_rows
+from popmtl.method.problem import Problem, VectorProblem, evaluating, parted, reference_of, to_model
 from popmtl.method.replica import (
     Replication,
     attributes,
     constants,
+    fingerprint,
     initial_model,
     model_as_written,
     own_constants,
@@ -74,7 +75,7 @@ class Rehearsal:
     Attributes:
         layout: of a row.
         replication: how the models of rows can be made.
-        generators: "torch", and which other global random generators that draws or losses use.
+        generators: "torch", and which other global random generators draws or losses may use.
         stepping: over whole rows, or over the models' own parameters.
         in_pieces: whether the optimizer treats each entry alone, and all alike, so that pieces of a row may step alone.
         scalars: names of what `losses` reports beside the losses.
@@ -142,12 +143,19 @@ def rehearse(
         Exception: whatever the problem's code raises.
     """
     with kept_generators():
-        model = _starts_alike(problem, recipe)
-        reached = _take_gradients(problem, model, recipe)
+        model = _starts_alike(problem, recipe, aligned)
+        said: list[str] = []
+        reached = _take_gradients(problem, model, recipe, said)
         recipe, warnings = _share(problem, recipe, aligned)
-        started = time.perf_counter()
-        _take_gradients(problem, model, recipe)
+        warnings += said
+        before, started = _counters(problem), time.perf_counter()
+        _take_gradients(problem, model, recipe, [])
         short = time.perf_counter() - started > LONG
+        if counted := sorted(name for name, value in _counters(problem).items() if before.get(name, value) != value):
+            warnings.append(
+                f"the problem changes {_listed(counted)} with each batch: all members share it, and a resumed run "
+                "begins it anew; make it a buffer of the model"
+            )
         if mixes:
             _refuse_jumps(problem, model, recipe)
         del model
@@ -168,7 +176,7 @@ def rehearse(
             raise
 
 
-def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
+def _starts_alike(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> nn.Module:
     """A model, after two were alike, and had the losses that it has in its own dtypes.
 
     Raises:
@@ -180,8 +188,8 @@ def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
     for name, parameter in first.named_parameters():
         if parameter.requires_grad and parameter.dtype == torch.float64 != recipe.dtype:
             raise ValueError(f"parameter {name} is of torch.float64, and would be trained in float32; see train.dtype")
-        if parameter._post_accumulate_grad_hooks and recipe.accumulate > 1:
-            raise ValueError(f"parameter {name} has a hook on its accumulated gradient, which accumulate cannot serve")
+        if parameter._post_accumulate_grad_hooks and (served := _no_hooks(recipe, aligned)):
+            raise ValueError(f"parameter {name} has a hook on its accumulated gradient, which {served} cannot serve")
     as_written = _initial_losses(problem, first, recipe)
     first = initial_model(problem, recipe.seed, recipe.dtype)
     second = initial_model(problem, recipe.seed, recipe.dtype)
@@ -206,6 +214,13 @@ def _starts_alike(problem: Problem, recipe: Recipe) -> nn.Module:
     return second
 
 
+def _no_hooks(recipe: Recipe, aligned: AlignedRecipe | None) -> str | None:
+    """What of a run takes gradients otherwise than by one backward pass a step."""
+    if recipe.accumulate > 1:
+        return "accumulate"
+    return "train.gradient" if recipe.gradient else "fine_tune" if aligned else None
+
+
 def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> tuple[Recipe, list[str]]:
     """The recipe with the parameters that all losses share, where something asks for them; and what there is to say."""
     if not (recipe.gradient or (aligned and aligned.variant == "exact")):
@@ -216,14 +231,31 @@ def _share(problem: Problem, recipe: Recipe, aligned: AlignedRecipe | None) -> t
     ]
 
 
-def _take_gradients(problem: Problem, model: nn.Module, recipe: Recipe) -> set[str]:
+def _counters(problem: Problem) -> dict[str, int | float]:
+    """The numbers among a problem's attributes."""
+    return {name: value for name, value in vars(problem).items() if isinstance(value, int | float)}
+
+
+def _trained_elsewhere(problem: Problem, model: nn.Module) -> list[str]:
+    """Parameters with gradients that are the problem's, and not the model's, by name."""
+    own, found = {id(p) for p in model.parameters()}, []
+    for attribute, value in vars(problem).items():
+        named = value.named_parameters(attribute) if isinstance(value, nn.Module) else [(attribute, value)]
+        for name, p in named:
+            if isinstance(p, nn.Parameter) and id(p) not in own and p.grad is not None:
+                found.append(name)
+                p.grad = None
+    return found
+
+
+def _take_gradients(problem: Problem, model: nn.Module, recipe: Recipe, warnings: list[str]) -> set[str]:
     """Losses and gradients of the latest model once, for what is plainly wrong with them; what has a gradient.
 
     The first of a few batches that has any label is taken.
     """
     stream = Stream(problem, recipe.seed, seeded=seed_generators)
     for look in range(LOOKED_AT):
-        f, scalars = parted(problem.losses(model, to_model(stream.draw(), next(model.parameters()))))
+        f, scalars = parted(problem.losses(model, to_model(stream.draw(), reference_of(model))))
         check_losses(f, problem)
         check_scalars(scalars)
         if f.requires_grad:
@@ -232,6 +264,11 @@ def _take_gradients(problem: Problem, model: nn.Module, recipe: Recipe) -> set[s
             raise ValueError("the losses do not depend on the model's parameters")
     model.zero_grad(set_to_none=True)
     f.sum().backward()
+    if left := _trained_elsewhere(problem, model):
+        warnings.append(
+            f"losses() has gradients in {_listed(left)} of the problem, which no optimizer has: only what is in the "
+            "model is trained"
+        )
     if look:  # the rehearsal may not come to this batch, and then finds no gradient where this one has
         return set()
     return {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -246,7 +283,7 @@ def _refuse_jumps(problem: Problem, model: nn.Module, recipe: Recipe) -> None:
     layout, named = Layout.of(model, problem.transfers), dict(model.named_parameters())
     names = layout.names[: layout.moving]
     shrink = 1 - 4 * torch.finfo(recipe.dtype).eps
-    batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+    batch = to_model(first_batch(problem, recipe.seed), reference_of(model))
 
     def losses() -> Tensor:
         seed_generators(recipe.seed)
@@ -280,7 +317,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _initial_losses(problem: Problem, model: nn.Module, recipe: Recipe) -> Tensor | None:
     """The losses of the first batch; None where the model cannot take it, as in another dtype."""
     try:
-        batch = to_model(first_batch(problem, recipe.seed), next(model.parameters()))
+        batch = to_model(first_batch(problem, recipe.seed), reference_of(model))
         seed_generators(recipe.seed)
         with torch.no_grad():
             return parted(problem.losses(model, batch))[0].double()
@@ -319,6 +356,7 @@ class _Rehearsing:
         self.mixes = mixes
         self.at_a_glance = reached
         self.problem, self.aligned, self.stack = problem, aligned, stack
+        self.recipe_given = recipe
         self.recipe = replace(recipe, generators=("torch", "numpy", "random"), mix_moments=False)
         self.tolerance = (
             2e-2 if recipe.precision == "bf16" else TOLERANCES[recipe.dtype] * (10 if recipe.compiled else 1)
@@ -373,7 +411,7 @@ class _Rehearsing:
             Mismatch: see `rehearse`.
         """
         block, problem = self.block, self.problem
-        before = python_state(block.models[0])
+        before, hidden = python_state(block.models[0]), self._kept_by_optimizers()
         steps = 1 if self.short else STEPS
         z = torch.zeros_like(block.weights[0]) if problem.ideal_point is None else None
         ideal = torch.as_tensor(problem.ideal_point).to(block.rows) if z is None else z
@@ -381,6 +419,11 @@ class _Rehearsing:
             if not self._step(t, ideal):
                 break
         kept = self._remembered(before)
+        if changing := sorted(n for n, now in self._kept_by_optimizers().items() if hidden.get(n) != now):
+            raise ValueError(
+                f"train.optimizer: {changing[0]} changes from step to step, and is in no checkpoint; an optimizer must "
+                "keep what it remembers in its state, its param_groups, or in attributes that are numbers or tensors"
+            )
         self._compare_evaluation()
         if not self.short and not any(block.out):
             self._read_back(kept, ideal)
@@ -391,12 +434,16 @@ class _Rehearsing:
         own = sum(value.nbytes for value in own_constants(model, block.initial, self.layout.names).values())
         constant = sum(value.nbytes for value in block.initial.values()) - own
         unreached = [name for name in self.layout.names if name not in self.reached]
-        if elsewhere := self.at_a_glance & set(unreached):
+        elsewhere = self.at_a_glance & set(unreached)
+        # Perhaps by that batch alone, as an expert that the rows' batches did not come to.
+        if elsewhere and (elsewhere := elsewhere - _take_gradients(problem, self.own[0], self.recipe, [])):
             raise Mismatch(
                 f"parameter {sorted(elsewhere)[0]} has a gradient only in the model that was made last: losses() uses "
                 "a module that the problem keeps, and not that of the model that it is given"
             )
         notes = [*warnings]
+        if self.recipe_given.mix_moments:
+            self._check_moments()
         if unreached:
             notes.append(f"no loss reaches {_listed(unreached)}; as in torch, what has no gradient stays as it is")
         if left_out := self.members[0].left_out():
@@ -406,6 +453,11 @@ class _Rehearsing:
                 f"the model keeps {_listed(kept)} in Python, in no checkpoint: a resumed run begins it anew; make it a "
                 "buffer, or part of get_extra_state"
             )
+        if empty := sorted(name for name, kept_now in self._kept_by_optimizers().items() if kept_now[1:] == ([],)):
+            notes.append(
+                f"train.optimizer: {_listed(empty)} is empty in the first steps; what an optimizer keeps there later "
+                "is in no checkpoint"
+            )
         alone = False
         if self.recipe.order == "adapt_then_combine":
             alone = self.recipe.replication == "copy"
@@ -413,10 +465,13 @@ class _Rehearsing:
         stackable = why_not_stacked(block) if self.stack and len(block.models) > 1 else None
         if self.aligned:
             self._fine_tune(self.aligned, ideal)
+        # What takes no random numbers now may do so in later batches. A formula is not seeded for what it may do: that
+        # takes 8 µs a row and step.
+        no_data = type(problem).batches is VectorProblem.batches
         return Rehearsal(
             layout=self.layout,
             replication=self.recipe.replication,
-            generators=("torch", *sorted(self.used)),
+            generators=("torch", *sorted(self.used | (set() if no_data else {"numpy", "random"}))),
             stepping=self.stepping,
             in_pieces=self.in_pieces,
             scalars=tuple(sorted(self.scalars)),
@@ -492,11 +547,17 @@ class _Rehearsing:
             stepped[:, :S] += M @ X[:, :S] - X[:, :S]
         else:
             stepped[:, :S] = M @ stepped[:, :S]
-        if self.problem.bounds is not None:
-            lower, upper = (torch.as_tensor(b, dtype=stepped.dtype) for b in self.problem.bounds)
-            stepped = stepped.clamp(lower, upper)
         for model, row in zip(self.own, stepped, strict=True):
             self._assume(model, row)
+            if self.problem.bounds is not None:
+                with torch.no_grad():
+                    trained = [p for p in model.parameters() if p.requires_grad]
+                    vector = nn.utils.parameters_to_vector(trained)
+                    lower, upper = (torch.as_tensor(b, dtype=vector.dtype) for b in self.problem.bounds)
+                    for p, value in zip(
+                        trained, vector.clamp(lower, upper).split([p.numel() for p in trained]), strict=True
+                    ):
+                        p.copy_(value.view_as(p))
 
     def _plain(self, i: int, model: nn.Module, ideal: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The mean losses of the batches that row i took, and the gradients of its step, by plain autograd."""
@@ -588,6 +649,36 @@ class _Rehearsing:
             if not any(t.grad_fn is not None for t in tensors_in(value)):
                 kept.append(name)
         return kept
+
+    def _check_moments(self) -> None:
+        """Makes sure that the optimizers keep the same moments of all parameters that transfer.
+
+        Raises:
+            ValueError: a group has others.
+        """
+        names = moment_names(self.recipe.optimizer)
+        for member in self.block.optimizers.members:
+            for name, parameter in list(zip(member.names, member.parameters, strict=True))[: self.layout.moving]:
+                for one in member.optimizers:
+                    state = one.state.get(parameter)
+                    if state and (
+                        one is not member.optimizers[0] or not all(isinstance(state.get(n), Tensor) for n in names)
+                    ):
+                        raise ValueError(
+                            f"transfer.mix_moments: parameter {name} is in a group whose optimizer does not keep "
+                            f"{', '.join(names)} as that of the rest does; give the groups one optimizer, or "
+                            "mix_moments: false"
+                        )
+
+    def _kept_by_optimizers(self) -> dict[str, Any]:
+        """What the optimizers of the first row keep where no checkpoint holds it, to compare."""
+        members = self.block.optimizers.members[:1]
+        return {
+            f"{type(optimizer).__name__}.{name}": fingerprint(value, depth=4)
+            for member in members
+            for optimizer in member.optimizers
+            for name, value in kept_elsewhere(optimizer).items()
+        }
 
     def _compare_models(self) -> None:
         """Compares buffers, frozen parameters, and the keys of the state_dict."""

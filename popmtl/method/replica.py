@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -52,6 +53,11 @@ def model_as_written(problem: Problem, seed: int) -> nn.Module:
             raise ValueError(
                 f"{name} is lazy: it has no shape yet; have model() run the network once on an example, as torch asks"
             )
+        if value.layout != torch.strided:
+            raise ValueError(
+                f"{name} is of layout {value.layout}, which copies and files of models do not hold; keep its indices "
+                "and values as two buffers, and make it of them in forward"
+            )
         if value.is_meta:
             raise ValueError(f"{name} is on the meta device: it has no values; have model() load or draw some")
     return model
@@ -59,11 +65,13 @@ def model_as_written(problem: Problem, seed: int) -> nn.Module:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model with floating-point parameters and buffers of one dtype, and complex ones of that precision."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}  # a buffer of two modules stays one
 
     def converted(value: Tensor) -> Tensor:
-        if value.is_complex():
-            return value.to(dtype.to_complex())
-        return value.to(dtype) if value.is_floating_point() else value
+        if not value.is_complex() and not value.is_floating_point():
+            return value
+        wanted = dtype.to_complex() if value.is_complex() else dtype
+        return done.setdefault(id(value), (value, value.to(wanted)))[1]
 
     model._apply(converted)  # Module.to would make complex tensors real
     return model
@@ -209,7 +217,7 @@ def set_constants(
     Buffers may have another shape by now, or not be there yet, where modules fill them at their first call.
     """
     present = constants(model, trained)
-    frozen = dict(model.named_parameters())
+    frozen, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name in {*present, *own}:
         if name in own:
             value = own[name].to(next(model.parameters()).device, copy=True)
@@ -223,8 +231,11 @@ def set_constants(
         if name in frozen:
             frozen[name].data = value
             continue
-        if place is not None and place.shape == value.shape and place.dtype == value.dtype and name in own:
-            place.copy_(value)
+        if place is not None and place.dtype == value.dtype:  # in place: other modules may have it too
+            if place.shape == value.shape and name in own:
+                place.copy_(value)
+            else:
+                buffers[name].data = value
             continue
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, value)
@@ -324,26 +335,27 @@ def python_state(model: nn.Module) -> dict[str, Any]:
     Two such states differ (`==`) where a forward pass has changed one; a tensor counts as changed where it is another.
     """
     return {
-        f"{path}.{name}" if path else name: _fingerprint(value)
+        f"{path}.{name}" if path else name: fingerprint(value)
         for path, module in model.named_modules()
         for name, value in attributes(module).items()
         if name != "training"
     }
 
 
-def _fingerprint(value: Any, depth: int = 3) -> Any:
+def fingerprint(value: Any, depth: int = 3) -> Any:
+    """What tells whether a value has changed, by `==`; of a tensor, whether it was replaced or written to."""
     if isinstance(value, SIMPLE):
         return repr(value)
     if isinstance(value, Tensor):
         return ("tensor", id(value), value._version)
     if depth and isinstance(value, Mapping):
-        return ("dict", [(repr(k), _fingerprint(v, depth - 1)) for k, v in value.items()])
-    if depth and isinstance(value, list | tuple | set | frozenset):
-        return (type(value).__name__, [_fingerprint(v, depth - 1) for v in value])
+        return ("dict", [(repr(k), fingerprint(v, depth - 1)) for k, v in value.items()])
+    if depth and isinstance(value, list | tuple | set | frozenset | deque):
+        return (type(value).__name__, [fingerprint(v, depth - 1) for v in value])
     if isinstance(value, np.ndarray):
         return ("array", value.tobytes())
     if isinstance(value, torch.Generator):
         return ("generator", value.get_state().numpy().tobytes())
     if depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and not callable(value):
-        return ("object", id(value), _fingerprint(vars(value), depth - 1))
+        return ("object", id(value), fingerprint(vars(value), depth - 1))
     return ("object", id(value))

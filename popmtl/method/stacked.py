@@ -24,7 +24,7 @@ from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows
 from popmtl.method.problem import Problem, parted
-from popmtl.method.replica import constants, copied, python_state
+from popmtl.method.replica import constants, copied, python_state, share_memory
 from popmtl.method.scalarization import Scalarization
 
 if TYPE_CHECKING:
@@ -134,6 +134,18 @@ class Stacked:
         if self._buffers() != before:
             raise NotStackable("the model has changed a buffer")
         return result
+
+    def serves(self, models: Sequence[nn.Module]) -> bool:
+        """Whether buffers and frozen parameters of all models are still those of the stacked one."""
+        own = constants(self.module.get_submodule("model"), self.leaves)
+        for model in models:
+            theirs = constants(model, self.leaves)
+            if own.keys() != theirs.keys():
+                return False
+            for name, value in theirs.items():
+                if not share_memory(value, own[name]) and not torch.equal(value, own[name]):
+                    return False
+        return True
 
     def _buffers(self) -> list[tuple[int, int]]:
         return [(id(buffer), buffer._version) for buffer in self.module.buffers()]

@@ -131,6 +131,10 @@ class Stream:
         """Seeds the global generators for the next draw, and the step that takes it."""
         self.seeded((self.seed + self.drawn) % 2**63)
 
+    def seed_losses(self) -> None:
+        """Seeds them as for the latest draw again, when others were made since."""
+        self.seeded((self.seed + self.drawn - 1) % 2**63)
+
     def take(self) -> Any:
         """The next of the iterator's batches for `draw`, uncounted and without seeding; it may be the end."""
         return next(self._iterator, _END)

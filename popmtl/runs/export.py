@@ -127,13 +127,13 @@ def _export_program(model: nn.Module, problem: Mapping[str, Any], path: Path) ->
     """Writes the model as a torch.export program; what it takes: a tensor's shape and dtype."""
     import torch
 
-    from popmtl.method.problem import to_model
+    from popmtl.method.problem import reference_of, to_model
     from popmtl.problems.registry import load_problem
 
     example = load_problem(problem["name"], problem["parameters"]).example_input()
     if example is None:
         raise ValueError("the problem gives no example_input")
-    example = to_model(example.detach(), next(model.parameters()))
+    example = to_model(example.detach(), reference_of(model))
     with torch.no_grad():
         outputs = model(example)
     with redirect_stderr(StringIO()):  # where it fails, torch prints the whole graph

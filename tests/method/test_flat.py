@@ -1,5 +1,6 @@
 """Flat rows: where parameters stand in them, and that models, gradients and rows are the same memory."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,3 +109,34 @@ def test_a_parameter_that_is_not_floating_point_is_refused():
     model.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"parameter phase is of torch\.complex64"):
         Layout.of(model, lambda name: True)
+
+
+def test_one_parameter_of_two_names_transfers_or_does_not():
+    with pytest.raises(ValueError, match="are one parameter"):
+        Layout.of(Tied(), lambda name: not name.startswith("decoder"))
+
+
+def test_transfers_must_answer():
+    with pytest.raises(ValueError, match=r"transfers\('head.weight'\) must return True or False, and returned None"):
+        Layout.of(Tied(), lambda name: None)
+    assert Layout.of(Tied(), lambda name: np.bool_(name != "head.bias")).names[-1] == "head.bias"
+
+
+def test_what_becomes_trainable_on_the_way_is_refused():
+    model = Tied()
+    layout, row = bound(model)
+    layout.check_bound(model, row)
+    model.scale.requires_grad_(True)
+    with pytest.raises(ValueError, match="scale was frozen"):
+        layout.check_bound(model, row)
+
+
+def test_values_of_the_models_order_come_in_the_order_of_the_columns():
+    model = Tied()
+    layout = Layout.of(model, lambda name: not name.startswith("head"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    value = torch.arange(float(layout.size))
+    torch.nn.utils.vector_to_parameters(value, trained)
+    layout.bind(model, row := torch.zeros(layout.size))
+    assert torch.equal(layout.in_columns(model, value), row)
+    assert torch.equal(layout.in_columns(model, torch.tensor(2.0)), torch.tensor(2.0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from popmtl.method.flat import Layout
 from popmtl.method.mtgd import Block, Chunk, Recipe, initial_model, subproblem_seed
 from popmtl.method.problem import Problem, VectorProblem
 from popmtl.method.scalarization import Scalarization
@@ -441,6 +442,24 @@ def test_bounds_are_kept_by_projection(bounds, order):
         assert (block.rows >= lower).all()
         assert (block.rows <= upper).all()
     torch.testing.assert_close(block.rows, torch.stack([upper, lower]))
+
+
+def test_bounds_of_entries_are_in_the_models_order_whatever_transfers():
+    class Bounded(Regression):
+        bounds = (-torch.arange(1.0, 100.0), torch.arange(1.0, 100.0))
+
+        def transfers(self, parameter):
+            return "bias" in parameter
+
+    problem = Bounded()
+    size = Layout.of(problem.model(), problem.transfers).size
+    problem.bounds = tuple(1e-3 * bound[:size] for bound in Bounded.bounds)
+    block = Block(problem, range(2), weights(2), Recipe(gradient_descent(10.0), dtype=DOUBLE))
+    block.run(chunk([1.0], ring(2, 0.02)))
+    for model in block.models:
+        vector = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]).abs()
+        assert (vector <= problem.bounds[1]).all()
+        assert (vector > 0.99 * problem.bounds[1]).float().mean() > 0.5
 
 
 def test_batch_norm_statistics_are_each_rows_own():

@@ -1124,3 +1124,114 @@ class Patched(Animal):
         own = model[0].forward
         model[0].forward = functools.wraps(own)(lambda x: own(x) * 0.5)
         return model
+
+
+@kind("integers as the first parameter", loop="?")
+class Integers(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.columns = nn.Parameter(torch.tensor([3, 1, 4, 0, 5]), requires_grad=False)
+            self.body, self.out = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(torch.tanh(self.body(x[:, self.columns])))
+
+    def model(self):
+        return self.Net()
+
+
+@kind("transfers() that forgets to return", "refused", "transfers.*must return", "")
+class Forgets(Animal):
+    def model(self):
+        return mlp()
+
+    def transfers(self, parameter):
+        parameter.startswith("0")
+
+
+@kind("a tied parameter that is to transfer and not to", "refused", "one parameter.*transfers", "")
+class TiedAcross(Tied):
+    def transfers(self, parameter):
+        return not parameter.startswith("out")
+
+
+@kind("one buffer of two modules", loop="")
+class SharedBuffer(Animal):
+    class Part(nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.register_buffer("shift", shift)
+
+    def model(self):
+        shift = torch.zeros(2)
+        return nn.ModuleDict({"net": mlp(), "writes": self.Part(shift), "reads": self.Part(shift)})
+
+    def losses(self, model, batch):
+        x, y = batch
+        if model.training:
+            model["writes"].shift.add_(0.1)
+        return (model["net"](x) + model["reads"].shift - y).square().mean(0)
+
+
+@kind("numpy in later batches alone", loop="?")
+class LaterNumpy(Animal):
+    def model(self):
+        return mlp()
+
+    def batch(self, generator, count):
+        x, y = super().batch(generator, count)
+        return (x + np.random.rand() if count >= 3 else x), y
+
+
+@kind("random numbers in shorter batches alone", loop="?")
+class RandomInShort(Animal):
+    def model(self):
+        return mlp()
+
+    def batch(self, generator, count):
+        return self.examples(4 if count >= 2 else 8, generator)
+
+    def losses(self, model, batch):
+        x, y = batch
+        if model.training and len(x) == 4:
+            x = x + torch.randn_like(x)
+        return (model(x) - y).square().mean(0)
+
+
+@kind("an expert for each member's batches", loop="")
+class Routed(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.experts = nn.Linear(6, 5), nn.ModuleList([nn.Linear(5, 2) for _ in range(9)])
+
+        def forward(self, x, expert):
+            return self.experts[expert](torch.tanh(self.body(x)))
+
+    def model(self):
+        return self.Net()
+
+    def batch(self, generator, count):
+        return (*super().batch(generator, count), torch.tensor(generator.initial_seed() % 9))
+
+    def losses(self, model, batch):
+        x, y, *expert = batch
+        return (model(x, int(expert[0]) if expert else 0) - y).square().mean(0)
+
+
+@kind("a buffer that evaluation changes", loop="?")
+class CountsEvaluations(Animal):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.out = nn.Linear(6, 5), nn.Linear(5, 2)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            if not self.training:
+                self.seen += 1
+            return self.out(torch.tanh(self.body(x))) * (1 + self.seen / 8)
+
+    def model(self):
+        return self.Net()
