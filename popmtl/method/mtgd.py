@@ -380,17 +380,22 @@ class Block:
             taken.collect(rows, leaves, bucket.parameters)
             complete(bucket)
 
-        done = 0
+        done, n = 0, self.recipe.accumulate
         for rows, leaves, f, last in self.forward_passes():
-            losses[rows] += math.nan if f is None else f.detach() / self.recipe.accumulate
+            if n == 1 and f is not None:
+                losses[rows] = f.detach()
+            else:
+                losses[rows] += math.nan if f is None else f.detach() / n
             if f is None:
                 taken.leave_out(cast(int, rows))
             elif self.gradient_method:
                 self.combine(cast(int, rows), f)
             elif f.requires_grad:  # a batch without any label has losses that are constant
                 arrivals = self.arrivals if last and self._overlaps() else None
+                total = self.recipe.scalarization(f, self.weights[rows], z)
+                total = total if rows != ALL else total.sum()
                 with arrivals.watch(arrive) if arrivals else nullcontext():
-                    (self.recipe.scalarization(f, self.weights[rows], z).sum() / self.recipe.accumulate).backward()
+                    (total if n == 1 else total / n).backward()
                 done = arrivals.next if arrivals else 0
                 taken.collect(rows, leaves)
             else:
