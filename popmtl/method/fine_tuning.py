@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,17 +141,19 @@ class FineTuning:
         block.gradient_rows.begin()
         differentiate = self.align_ub if self.recipe.variant == "ub" else self.align_exact
         for i in range(len(block.models)):
-            batches = [block.draw(i) for _ in range(n)]
+            batches = (block.draw(i) for _ in range(n))  # each right before its losses: dropout goes by the draw
             if block.out[i]:
                 block.gradient_rows.leave_out(i)
-                continue
-            try:
-                losses[i], aligned = differentiate(i, batches, t)
-            except FloatingPointError as error:
-                block.leave(i, t, str(error))
-                block.gradient_rows.leave_out(i)
             else:
-                self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
+                try:
+                    losses[i], aligned = differentiate(i, batches, t)
+                except FloatingPointError as error:
+                    block.leave(i, t, str(error))
+                    block.gradient_rows.leave_out(i)
+                else:
+                    self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
+            for _ in batches:  # a row that leaves draws as many as the others
+                pass
         (bucket,) = self.optimizers.buckets
         block.take_out(losses, t, bucket, self.recipe.clip)
         block.update(bucket, self.optimizers)
@@ -181,7 +183,7 @@ class FineTuning:
             self.saved.append(RowState(tensors, state.numbers["saved"]))
             self.stability.append([(c, cosine, size) for c, cosine, size in state.numbers["stability"]])
 
-    def align_exact(self, i: int, batches: Sequence[Any], t: int) -> tuple[Tensor, Aligned]:
+    def align_exact(self, i: int, batches: Iterable[Any], t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
         block = self.block
         total, G, there = (
@@ -192,8 +194,8 @@ class FineTuning:
         for batch in batches:
             f = block.losses(i, batch, apart=True)
             self.check_losses(i, f, t)
-            found, has = task_gradients(f / len(batches), block.models[i], block.layout.names)
-            total, G = total + f.detach() / len(batches), G + found
+            found, has = task_gradients(f / self.recipe.accumulate, block.models[i], block.layout.names)
+            total, G = total + f.detach() / self.recipe.accumulate, G + found
             there = [a or b for a, b in zip(there, has, strict=True)]
         aligned = self.align(G[:, self.shared], i, t)
         gradient = G.sum(0)
@@ -201,7 +203,7 @@ class FineTuning:
         block.gradient_rows.put(i, gradient, there)
         return total, aligned
 
-    def align_ub(self, i: int, batches: Sequence[Any], t: int) -> tuple[Tensor, Aligned]:
+    def align_ub(self, i: int, batches: Iterable[Any], t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient by the representation: the heads' plain, one backward pass of the aligned one below."""
         block, problem, model = self.block, self.block.problem, self.block.models[i]
         (batch,) = batches

@@ -55,6 +55,39 @@ def test_a_distributed_run_equals_the_reference(run, actors, transport, order):
     assert [record["step"] for record in folder.metrics()] == [0, 20, 40, 50]
 
 
+def test_a_recipe_of_every_kind_equals_the_reference(run):
+    """Groups, two optimizers, clipping, accumulation and a sequence of schedules, in both stages; and its curves."""
+    recipe = {
+        "optimizer": {
+            "name": "AdamW",
+            "lr": 0.02,
+            "groups": [
+                {"match": "*.bias", "weight_decay": 0.0},
+                {"match": "trunk.0.weight", "name": "Muon", "lr": 0.01},
+            ],
+        },
+        "lr_schedule": [
+            {"name": "LinearLR", "start_factor": 0.1, "total_iters": "steps", "for": 2},
+            {"name": "CosineAnnealingLR", "T_max": "steps"},
+        ],
+        "clip": {"norm": 0.5},
+        "accumulate": 2,
+    }
+    data = config(2, "adapt_then_combine", train=recipe, fine_tune={"steps": 4, **recipe})
+    plan, folder, _ = run(data)
+    population, expected = reference(plan)
+    assert largest_difference(states(folder), expected) < 1e-10
+    records = folder.metrics()
+    told = ["gradient_norm", "learning_rate"]
+    assert [sorted(record["curves"]) for record in records] == [[], told, told, told, told]
+    rates = np.array([record["curves"]["learning_rate"] for record in records[1:4]])
+    warm = [0.02 * share for share in (0.1, 0.55)]
+    cosine = [0.01 * (1 + np.cos(np.pi * t / 48)) for t in range(48)]
+    every = [*warm, *cosine]
+    means = [np.mean(every[a:b]) for a, b in ((0, 20), (20, 40), (40, 50))]
+    np.testing.assert_allclose(rates, np.repeat(np.array(means)[:, None], 4, 1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("fine_tune", [{}, {"steps": 3}])
 def test_metrics_of_every_member_are_curves_and_the_front_has_both_splits(run, fine_tune):
     """By the collective transport: its actors are a process group, over which torchmetrics would gather."""
