@@ -75,7 +75,7 @@ def test_a_recipe_of_every_kind_equals_the_reference(run):
     }
     data = config(2, "adapt_then_combine", train=recipe, fine_tune={"steps": 4, **recipe})
     plan, folder, _ = run(data)
-    population, expected = reference(plan)
+    _, expected = reference(plan)
     assert largest_difference(states(folder), expected) < 1e-10
     records = folder.metrics()
     told = ["gradient_norm", "learning_rate"]
