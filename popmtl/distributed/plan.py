@@ -8,6 +8,7 @@ import itertools
 import os
 import posixpath
 import re
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -400,7 +401,18 @@ def _about_problem(name: str, look: Callable[[], T]) -> T:
         raise
     except Exception as error:  # whatever a user's problem raises is about the problem
         kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
-        raise RequestError(f"problem {name}: {kind}{error}") from error
+        raise RequestError(f"problem {name}: {kind}{error}{_place(error) if kind else ''}") from error
+
+
+def _place(error: Exception) -> str:
+    """The user's own line that an error comes from, in brackets; nothing if it is none of theirs."""
+    ours = str(Path(__file__).parents[1])
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((ours, "<")) and "site-packages" not in frame.filename
+    ]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def _with_batches(problem: Problem, count: int) -> Problem:

@@ -27,9 +27,9 @@ class LossesOf(nn.Module):
 class Compiled:
     """Compiled losses of models that are alike; buffers that a forward pass changes, it changes in each model."""
 
-    def __init__(self, problem: Problem, model: nn.Module) -> None:
+    def __init__(self, problem: Problem, model: nn.Module, backend: str) -> None:
         self.module = LossesOf(problem, copied(model))
-        self.function = torch.compile(self._losses)
+        self.function = torch.compile(self._losses, backend=backend)
 
     def _losses(self, tensors: dict[str, Tensor], batch: Any) -> Losses:
         losses: Losses = functional_call(self.module, tensors, (batch,))

@@ -85,6 +85,7 @@ class Recipe:
         generators: which global random generators a step seeds, of "torch", "numpy" and "random".
         shared: names of the parameters that all losses share, see `find_shared`; None looks for them.
         compiled: losses are taken through torch.compile, but where each has a backward pass of its own.
+        backend: of torch.compile.
     """
 
     optimizer: MakeOptimizer
@@ -103,6 +104,7 @@ class Recipe:
     generators: tuple[str, ...] = ("torch", "numpy", "random")
     shared: tuple[str, ...] | None = None
     compiled: bool = False
+    backend: str = "inductor"
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -221,7 +223,7 @@ class Block:
         self.awaited: list[list[float]] | None = None
         self.stacked: Stacked | None = None
         self.arrivals: Arrivals | None = None
-        self.compiled = Compiled(problem, self.models[0]) if recipe.compiled else None
+        self.compiled = Compiled(problem, self.models[0], recipe.backend) if recipe.compiled else None
         self._watch(dict(self.models[-1].named_parameters()))
 
     def new_feed(self) -> Feed:
@@ -263,7 +265,8 @@ class Block:
             choice = choose(self)
             chosen, why = choice.execution, choice.why
         if chosen == "stacked":
-            self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, compiled=self.recipe.compiled)
+            backend = self.recipe.backend if self.recipe.compiled else None
+            self.stacked = Stacked(self.problem, self.layout, self.models[0], self.rows, backend=backend)
             self._watch(self.stacked.leaves)
         return why
 

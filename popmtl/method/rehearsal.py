@@ -357,7 +357,9 @@ class _Rehearsing:
         self.at_a_glance = reached
         self.problem, self.aligned, self.stack = problem, aligned, stack
         self.recipe_given = recipe
-        self.recipe = replace(recipe, generators=("torch", "numpy", "random"), mix_moments=False)
+        # What is compiled is captured, and not turned into machine code, for which this machine may have no compiler.
+        everything = ("torch", "numpy", "random")
+        self.recipe = replace(recipe, generators=everything, mix_moments=False, backend="aot_eager")
         self.tolerance = (
             2e-2 if recipe.precision == "bf16" else TOLERANCES[recipe.dtype] * (10 if recipe.compiled else 1)
         )

@@ -70,7 +70,7 @@ class Stacked:
         layout: of a row.
         model: any one of the block's models; it is copied.
         rows: the block of X, shape (k, D), contiguous.
-        compiled: through torch.compile.
+        backend: of torch.compile; None takes the losses as they are.
 
     Attributes:
         leaves: the trainable parameters by name, each of shape (k, *shape): a view of `rows`, so that a change of those
@@ -79,7 +79,7 @@ class Stacked:
     """
 
     def __init__(
-        self, problem: Problem, layout: Layout, model: nn.Module, rows: Tensor, *, compiled: bool = False
+        self, problem: Problem, layout: Layout, model: nn.Module, rows: Tensor, *, backend: str | None = None
     ) -> None:
         # Said once a process of gradients that vmap has laid out otherwise than the columns of a matrix.
         warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
@@ -91,7 +91,7 @@ class Stacked:
             # not step while the backward pass still reads another.
             self.leaves[name] = values.data.view(len(rows), *shape).requires_grad_()
         self.ordered = list(self.leaves.values())
-        self.mapped = torch.compile(self._mapped) if compiled else self._mapped
+        self.mapped = torch.compile(self._mapped, backend=backend) if backend else self._mapped
 
     def _mapped(
         self, of_one_row: Callable[..., Any], parameters: dict[str, Tensor], values: list[Tensor]
@@ -237,7 +237,8 @@ def _compare(block: Block) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
     _refuse_memory(block, batches[0])
     trial.gradients, trial.curves = torch.zeros_like(block.rows), Curves(len(block.models))
     taken = trial.gradient_rows = GradientRows(block.layout, block.models, trial.gradients)
-    stacked = Stacked(block.problem, block.layout, block.models[0], block.rows, compiled=block.recipe.compiled)
+    backend = block.recipe.backend if block.recipe.compiled else None
+    stacked = Stacked(block.problem, block.layout, block.models[0], block.rows, backend=backend)
     z = torch.zeros_like(block.weights[0])
     # A maximum of losses that are nearly equal, or bfloat16, would blow up differences that are only rounding.
     trial.recipe = replace(block.recipe, precision="full", scalarization=Scalarization("weighted_sum"))

@@ -238,3 +238,12 @@ def test_names_that_mlflow_refuses_are_refused(name, what, monkeypatch):
     monkeypatch.setattr(toy_problems.NoisyRegression, what, names)
     with pytest.raises(RequestError, match="cannot be logged"):
         plan(config(1))
+
+
+def test_an_error_in_the_users_code_says_where_it_is(monkeypatch):
+    def losses(self, model, batch):
+        return {}["missing"]
+
+    monkeypatch.setattr(toy_problems.NoisyRegression, "losses", losses)
+    with pytest.raises(RequestError, match=r"KeyError: 'missing' \(test_plan\.py, line \d+\)"):
+        plan(config(1))

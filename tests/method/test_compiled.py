@@ -28,7 +28,7 @@ def calls(monkeypatch):
     """Which losses were taken through torch.compile, that gives a graph of one backward pass."""
     calls = []
 
-    def compiled(function):
+    def compiled(function, backend):
         def call(*arguments):
             calls.append(function.__name__)
             return Once.apply(function(*arguments))
