@@ -74,7 +74,7 @@ class Problem(ABC):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A newly initialized model. torch is seeded before the call; every subproblem starts from this one."""
+        """A new model, from which every subproblem starts. torch, numpy and random are seeded before the call."""
 
     @abstractmethod
     def batches(self, seed: int) -> Iterable[Any]:

@@ -34,7 +34,7 @@ def initial_model(problem: Problem, seed: int, dtype: torch.dtype) -> nn.Module:
     Raises:
         ValueError: not a module, or one with lazy parameters.
     """
-    return own_memory(cast(model_as_written(problem, seed), dtype))
+    return in_shareable_memory(cast(model_as_written(problem, seed), dtype))
 
 
 def model_as_written(problem: Problem, seed: int) -> nn.Module:
@@ -168,7 +168,7 @@ def copy_on_write(value: Tensor) -> Tensor:
         return value.clone()
 
 
-def own_memory(model: nn.Module) -> nn.Module:
+def in_shareable_memory(model: nn.Module) -> nn.Module:
     """The model, its frozen parameters and buffers in memory that can be copy-on-write."""
     for value in [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]:
         shared = copy_on_write(value.detach())

@@ -143,14 +143,12 @@ def load_model(
         state = load_state(path)
     try:
         if checkpoint:
-            model = initial_model(
-                problem, config["seed"], state["row"].dtype
-            )  # what is not trained is in no checkpoint
+            # What is not trained is in no checkpoint.
+            model = initial_model(problem, config["seed"], state["row"].dtype)
             buffers = {key.partition("/")[2]: value for key, value in state.items() if key.startswith("buffers/")}
             layout = Layout.of(model, problem.transfers)
             if state["row"].shape != (layout.size,):
                 raise RuntimeError(f"it has {len(state['row'])} parameters, and the model {layout.size}")
-            layout.bind(model, state["row"].clone())
             for name, value in layout.views(state["row"]).items():
                 model.get_parameter(name).data.copy_(value)
             set_constants(model, buffers, initial_constants(model, layout.names), layout.names)
