@@ -610,6 +610,7 @@ def wait_for(process, ready, seconds):
 
 
 KILLED = {
+    "problem": "user_problems:Unhurried",
     "train": {"steps": 1500, "evaluate_every": 500, "execution": "loop"},
     "fine_tune": {"steps": 20},
     "checkpoint": {"every_steps": 100},

@@ -88,6 +88,20 @@ class Lingers(NoisyRegression):
         return super().evaluation_batches(split)
 
 
+class TakesItsTime(NoisyRegression):
+    """Waits before each draw after the first so many: the steps from there on last, however fast the machine is."""
+
+    def __init__(self, after, seconds):
+        super().__init__()
+        self.after, self.seconds = after, seconds
+
+    def batches(self, seed):
+        for drawn, batch in enumerate(super().batches(seed)):
+            if drawn >= self.after:
+                time.sleep(self.seconds)
+            yield batch
+
+
 class Planted(NoisyRegression):
     """NaN in the batches of one subproblem at some of its steps; fails where it is to compute with a NaN row."""
 

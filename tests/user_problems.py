@@ -1,11 +1,13 @@
 """Problems as a user may write them, right and wrong; the command line finds them by name."""
 
 import itertools
+import time
 
 import torch
 from torch import nn
 
 from popmtl.problems import VectorProblem
+from popmtl.problems.synthetic import Vlmop2
 
 
 class Parabolas(VectorProblem):
@@ -17,6 +19,15 @@ class Parabolas(VectorProblem):
 
     def values(self, x):
         return torch.stack([(x - 1).square().sum(-1), (x + 1).square().sum(-1)], -1)
+
+
+class Unhurried(Vlmop2):
+    """Waits before each step: a run of it lasts some seconds, however fast the machine is."""
+
+    def batches(self, seed):
+        while True:
+            time.sleep(0.002)
+            yield None
 
 
 class Advised(Parabolas):

@@ -24,7 +24,12 @@ def data(transport="shared_memory", **more):
     transfer = {"transport": transport, "schedule": "constant", "strength": 0.4}
     train = {"steps": STEPS, "evaluate_every": 400, "dtype": "float32", **more.pop("train", {})}
     checkpoint = {"every_steps": EVERY}
-    return config(2, train=train, transfer=transfer, checkpoint=checkpoint, fine_tune={"steps": FINE_TUNE}, **more)
+    fine_tune = {"steps": FINE_TUNE}
+    return config(2, train=train, transfer=transfer, checkpoint=checkpoint, fine_tune=fine_tune) | more
+
+
+UNHURRIED = {"name": "toy_problems:TakesItsTime", "after": STEPS, "seconds": 0.004}
+"""The problem with a last stage of some seconds, of which the driver sees the progress twice a second."""
 
 
 def states(folder):
@@ -130,7 +135,7 @@ def test_a_killed_actor_costs_time_and_nothing_else(run, undisturbed, transport)
 @pytest.mark.slow
 def test_an_actor_that_dies_in_the_last_stage_is_recovered_there(run, undisturbed):
     killer = Killer(stage="fine-tuning")
-    _, folder, _ = run(data(), killer)
+    _, folder, _ = run(data(problem=UNHURRIED), killer)
     assert killer.pids
     assert event(folder, "rewound")["step"] >= STEPS
     assert_equal(folder, undisturbed(data()))
@@ -200,8 +205,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(run, tmp_p
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(data(), interrupt(tmp_path / "runs" / "run-1", "fine-tuning", STEPS + EVERY))
-    _, folder, _ = resume("run-1", data())
+        run(data(problem=UNHURRIED), interrupt(tmp_path / "runs" / "run-1", "fine-tuning", STEPS + EVERY))
+    _, folder, _ = resume("run-1", data(problem=UNHURRIED))
     assert event(folder, "rewound")["step"] > STEPS
     assert_equal(folder, undisturbed(data()))
 
