@@ -5,11 +5,11 @@ A finite explosion is as bad for the others as NaN: with coefficients of a tenth
 times
 
 - what it was before the step, and
-- what it ever grew by in one step before, and
+- what it ever grew by in one step before, or a row in the plan's rehearsal, and
 - what the other rows of its block grow by at that step, of which the median counts.
 
 So a step that is large for all rows is not one row's accident; and where neither the row nor another has ever moved,
-as at the first step of a row that is alone in its actor, nothing is known, and nothing is said.
+nothing is known, and nothing is said.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Sizes:
         largest: for each row, by how much its norm has changed in one step, at most.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, largest: float = 0.0) -> None:
         self.before: list[float] = []
-        self.largest = [0.0] * count
+        self.largest = [largest] * count
 
     def begin(self, rows: Tensor) -> None:
         """The next step begins from these rows, (k, D)."""

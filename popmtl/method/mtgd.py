@@ -86,6 +86,7 @@ class Recipe:
         replication: how the models of the rows are made.
         generators: which global random generators a step seeds, of "torch", "numpy" and "random".
         shared: names of the parameters that all losses share, see `find_shared`; None looks for them.
+        largest_step: by how much a step changes the norm of a row, as far as that is known before the first one.
         compiled: losses are taken through torch.compile, but where each has a backward pass of its own.
         backend: of torch.compile.
     """
@@ -105,6 +106,7 @@ class Recipe:
     replication: Replication = "copy"
     generators: tuple[str, ...] = ("torch", "numpy", "random")
     shared: tuple[str, ...] | None = None
+    largest_step: float = 0.0
     compiled: bool = False
     backend: str = "inductor"
 
@@ -222,7 +224,7 @@ class Block:
         self.mix_locally = (eager if recipe.order == "consensus" else deferred)(LocalProduct())
         self.taken = taken
         self.out = [False] * count
-        self.sizes = Sizes(count)
+        self.sizes = Sizes(count, recipe.largest_step)
         self.last_step = 0
         self.departures: list[Departure] = []
         whole = recipe.clip and recipe.clip.norm is not None  # of all columns

@@ -85,6 +85,7 @@ class Rehearsal:
         constant_bytes: of frozen parameters, and buffers that training leaves alone: once an actor.
         own_bytes: of buffers that training changes: once a row.
         memory_bytes: of what the optimizer remembers of a row.
+        largest_step: by how much a step changes the norm of a row, at most.
         warnings: what is allowed, and the user should know.
     """
 
@@ -101,11 +102,18 @@ class Rehearsal:
     constant_bytes: int
     own_bytes: int
     memory_bytes: int
+    largest_step: float
     warnings: tuple[str, ...]
 
     def cast(self, recipe: Recipe) -> Recipe:
         """The recipe, with what the rehearsal decided."""
-        return replace(recipe, replication=self.replication, generators=self.generators, shared=self.shared)
+        return replace(
+            recipe,
+            replication=self.replication,
+            generators=self.generators,
+            shared=self.shared,
+            largest_step=self.largest_step,
+        )
 
 
 class Draw(NamedTuple):
@@ -483,6 +491,7 @@ class _Rehearsing:
             constant_bytes=constant,
             own_bytes=own,
             memory_bytes=optimizer_bytes,
+            largest_step=max(block.sizes.largest),
             warnings=tuple(notes),
         )
 
