@@ -35,7 +35,8 @@ def test_sizes_of_rows_and_of_what_is_sent():
     assert plan(config(2, transfer={"transport": "collective"})).bytes_sent_per_step() == 2 * 2 * TRUNK * 8
     shared = plan(config(2))
     assert (shared.transport.name, shared.bytes_sent_per_step()) == ("shared_memory", 0)
-    assert shared.memory_per_actor() == 2 * (row + TRUNK * 8) + (TRUNK + HEADS) * 8
+    # The rows as they were before a step of consensus, besides.
+    assert shared.memory_per_actor() == 2 * (row + 2 * TRUNK * 8) + (TRUNK + HEADS) * 8
 
 
 def test_rows_that_are_taken_by_few_are_sent_to_few():
