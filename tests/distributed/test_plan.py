@@ -78,7 +78,7 @@ def test_task_gradients_take_memory_in_the_exact_variant_only():
     sgd = {"name": "SGD", "lr": 0.1}
     base = plan(config(4, optimizer=sgd)).memory_per_actor()
     row = (TRUNK + HEADS) * 8
-    assert base == 3 * row + TRUNK * 8 + BUFFERS
+    assert base == 3 * row + 2 * TRUNK * 8 + BUFFERS
     fine = {"steps": 3}
     exact = plan(config(4, optimizer=sgd, fine_tune=fine))
     assert exact.memory_per_actor() == base + row  # gradients of two tasks in place of one
