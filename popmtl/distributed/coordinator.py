@@ -593,7 +593,9 @@ class Coordinator:
         if plan.config.front.best and course.best.step != steps:
             try:
                 await self._write_best()
-            except (ActorLost, RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
+            except ActorLost:
+                raise  # to be recovered from: the run would end without what another has
+            except (RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
                 await asyncio.to_thread(self.folder.files.remove_folder, BEST)
                 self._event("no best front", step=course.best.step, why=describe_failure(error))
         if self.sink:

@@ -9,6 +9,7 @@ This module imports MLflow, which takes seconds; only the sink's thread imports 
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import requests
@@ -500,9 +502,9 @@ def _one_creator(uri: str) -> Iterator[None]:
 
 def _create(database: Path) -> None:
     """Makes an empty database, whole or not at all: MLflow cannot go on with half of one, which a kill would leave."""
-    beside = database.with_name(f".{database.name}.new")
-    for left in (beside, beside.with_name(f"{beside.name}-journal")):
-        left.unlink(missing_ok=True)
+    for left in database.parent.glob(f".{glob.escape(database.name)}.*.new*"):
+        left.unlink()
+    beside = database.with_name(f".{database.name}.{token_hex(4)}.new")
     MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
     os.replace(beside, database)
 
