@@ -9,8 +9,10 @@ This module imports MLflow, which takes seconds; only the sink's thread imports 
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import math
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import requests
@@ -492,7 +495,18 @@ def _one_creator(uri: str) -> Iterator[None]:
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(f".{database.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists() and "?" not in uri:
+            _create(database)
         yield
+
+
+def _create(database: Path) -> None:
+    """Makes an empty database, whole or not at all: MLflow cannot go on with half of one, which a kill would leave."""
+    for left in database.parent.glob(f".{glob.escape(database.name)}.*.new*"):
+        left.unlink()
+    beside = database.with_name(f".{database.name}.{token_hex(4)}.new")
+    MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
+    os.replace(beside, database)
 
 
 def _cut(value: str, length: int) -> str:
