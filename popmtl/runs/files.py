@@ -22,6 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
+    beside.unlink(missing_ok=True)  # it may be a link, which nothing is to be written through
     try:
         yield beside
         with beside.open("rb") as file:

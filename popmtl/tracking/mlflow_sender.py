@@ -12,6 +12,7 @@ import fcntl
 import logging
 import math
 import tempfile
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import requests
 from mlflow import MlflowClient
@@ -33,7 +35,8 @@ from popmtl.method.fine_tuning import STABILITY
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import hypervolumes
-from popmtl.tracking.links import EXPLORER
+from popmtl.runs.trust import without_credentials
+from popmtl.tracking.links import EXPLORER, is_served
 from popmtl.tracking.note import named_members, note, registered_name
 from popmtl.tracking.outbox import CURSOR, Entry, Sent
 from popmtl.tracking.views import saved_views
@@ -49,6 +52,7 @@ logger = logging.getLogger(__name__)
 METRICS_A_CALL, PARAMS_A_CALL, PARAM_LENGTH, TAG_LENGTH, RUNS_A_SEARCH = 1000, 100, 6000, 8000, 50000
 # HTTP's codes below 500 that say nothing against the request itself: who asks, how often, how slowly.
 NOT_NOW = (401, 403, 408, 429, 499)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What databases say, within a BAD_REQUEST, of a row that another run has made in the same moment; once it is there,
 # MLflow finds it.
 TAKEN = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
@@ -92,20 +96,64 @@ class Failure:
     may_pass: bool
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a run is sent to.
+
+    Attributes:
+        uri: the tracking URI, with its credentials.
+        artifacts: where a new experiment's files go; None for the place that MLflow takes by itself.
+        within: the folder that files on this machine must go to; None for any.
+    """
+
+    uri: str
+    artifacts: str | None
+    within: Path | None
+
+    def check(self, artifacts: str) -> str:
+        """Checks where the server, or the database, has files go: MLflow would send its tokens along; gives it back.
+
+        Raises:
+            RequestError: to another server, or to files where they may not go.
+        """
+        ours, theirs = urlsplit(self.uri), urlsplit(artifacts)
+        if theirs.scheme in ("http", "https", "mlflow-artifacts"):
+            proxied = theirs.scheme == "mlflow-artifacts"
+            theirs = theirs._replace(scheme=ours.scheme) if proxied else theirs
+            right = is_served(self.uri) and (_server(theirs) == _server(ours) or (proxied and not theirs.netloc))
+        elif theirs.scheme in ("", "file"):
+            right = not is_served(self.uri) or ours.hostname in LOOPBACK
+            if right and self.within:
+                path = Path(unquote(theirs.path)).resolve()
+                right = theirs.hostname in (None, "", "localhost") and path.is_relative_to(self.within)
+        else:
+            right = theirs.scheme not in ("ftp", "sftp") and not self.within
+        if not right:
+            raise RequestError(
+                f"MLflow has the run's files go to {without_credentials(artifacts)}, which nothing is sent to: it is "
+                f"not of {without_credentials(self.uri)}"
+            )
+        return artifacts
+
+
 class Sender:
     """Sends entries; not for several threads."""
 
-    def __init__(self, folder: RunFolder, opening: Entry, sent: Sent, complain: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, folder: RunFolder, opening: Entry, target: Target, sent: Sent, complain: Callable[[str, str], None]
+    ) -> None:
         """Connects nothing yet.
 
         Args:
             folder: the run's.
-            opening: the latest entry that opened the run: where to send to, and the population.
+            opening: the latest entry that opened the run: the experiment, and the population.
+            target: where to send to.
             sent: ids that are known, and where new ones are noted.
             complain: takes what is less than it should be, and why.
         """
         self._folder, self._opening, self._sent, self._complain = folder, opening, sent, complain
-        self._uri: str = opening["uri"]
+        self._target, self._uri = target, target.uri
+        self._checked: set[str] = set()
         self._objectives: list[str] = opening["objectives"]
         self._diverged: set[str] = set()
         self._estimates = False
@@ -137,11 +185,11 @@ class Sender:
                 self._kinds[entry["kind"]](entry)
             self._send_points()
         except (MlflowException, SQLAlchemyError, OSError, RequestError) as error:
-            return Failure(str(error), _may_pass(error))
-        except Exception as error:
+            return Failure(without_credentials(str(error)), _may_pass(error))
+        except Exception as error:  # noqa: BLE001
             # A mistake of ours or of the user's model. It must not end the thread, on which all later entries hang.
-            logger.exception("MLflow, %s", entries[-1]["kind"])
-            return Failure(repr(error), may_pass=False)
+            logger.error("MLflow, %s: %s", entries[-1]["kind"], without_credentials(traceback.format_exc()))
+            return Failure(without_credentials(repr(error)), may_pass=False)
         return None
 
     def answers(self) -> bool:
@@ -207,7 +255,7 @@ class Sender:
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(client.create_experiment(name, artifact_location=self._opening["artifacts"]))
+                return str(client.create_experiment(name, artifact_location=self._target.artifacts))
             except MlflowException as error:
                 found = client.get_experiment_by_name(name)  # Another run may have been quicker.
                 if found is None:
@@ -281,7 +329,7 @@ class Sender:
         self._log(run_id, entry, points)
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:
-                client.log_artifact(run_id, str(path), "model")
+                self._files_of(run_id).log_artifact(run_id, str(path), "model")
             if model_id := self._log_member_model(run_id, entry):
                 self._log(run_id, entry, points, model_id)  # the model's too; the run's points it knows again
 
@@ -362,7 +410,7 @@ class Sender:
         loading = Loading(self._folder.location, models, versions.get("front"))
         page = explorer_page(front, self._folder.name, hypervolumes(self._folder), loading)
         client = self._client()
-        client.log_text(self._parent(), page, EXPLORER)
+        self._files_of(self._parent()).log_text(self._parent(), page, EXPLORER)
         client.set_tag(self._parent(), "mlflow.note.content", _cut(note(front, versions), TAG_LENGTH))
 
     def _log_views(self, entry: Entry) -> None:
@@ -407,7 +455,7 @@ class Sender:
                 model_type=wanted.kind,
             )
             description.model_id = description.model_uuid = logged.model_id
-            description.artifact_path = logged.artifact_location
+            description.artifact_path = self._target.check(logged.artifact_location)
             description.save(str(path / "MLmodel"))
             client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
@@ -459,12 +507,25 @@ class Sender:
 
     def _log_file(self, name: str, place: str | None = None) -> None:
         with self._folder.fetched(name) as path:
-            self._client().log_artifact(self._parent(), str(path), place)
+            self._files_of(self._parent()).log_artifact(self._parent(), str(path), place)
+
+    def _files_of(self, run_id: str) -> MlflowClient:
+        """A client to send a run's files by, once it is known that they go where they may."""
+        client = self._client()
+        if run_id not in self._checked:
+            self._target.check(client.get_run(run_id).info.artifact_uri)
+            self._checked.add(run_id)
+        return client
 
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         entities = [Param(key, _cut(value, PARAM_LENGTH)) for key, value in params.items()]
         for chunk in _chunks(entities, PARAMS_A_CALL):
             self._client().log_batch(run_id, params=chunk)
+
+
+def _server(parts: SplitResult) -> tuple[str, str | None, int | None]:
+    """What a request to a URI goes to."""
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -490,7 +551,7 @@ def _one_creator(uri: str) -> Iterator[None]:
     database = Path(uri.removeprefix("sqlite:///"))
     # MLflow retries for minutes on a database that cannot be opened; this says so at once.
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f".{database.name}.lock").open("w") as lock:
+    with database.with_name(f".{database.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -78,7 +78,7 @@ class Models:
         self._save_set(self._folder.front(), subproblems, path, description)
 
     def _model(self, subproblem: int) -> nn.Module:
-        return load_model(self._folder.location, subproblem).cpu().eval()
+        return load_model(self._folder.location, subproblem, trust=True).cpu().eval()
 
     def _save_program(self, model: nn.Module, path: Path, description: Model) -> bool:
         """Writes a model as an exported program, if it can be one; whether it is."""
