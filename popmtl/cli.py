@@ -160,7 +160,8 @@ def _admit_resumed(folder: RunFolder, config: Config, trust: bool) -> None:
     from popmtl.runs.trust import admit
     from popmtl.tracking.mlflow_sink import check_opening
 
-    admit(folder, config.problem.name, trust, "--trust", _say)
+    for change in admit(folder, config.problem.name, trust, "--trust", _say):
+        _say(f"warning: {change}")
     if config.tracking.enabled:
         check_opening(folder, config.tracking.uri, trust)
 
@@ -351,13 +352,15 @@ def pick(options: argparse.Namespace) -> None:
         found = finished_front(folder, PLACES[options.source])
     choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
     member = choice.member.subproblem
+    code: list[str] = []
     warnings = [warning] if (warning := chosen_on_test(found)) else []
     if choice.dominated_by:
         others = ", ".join(str(other) for other in choice.dominated_by)
         warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")
     if options.export:
+        say = _say if options.trust else code.append
         with _reading(options.run):
-            warnings += export(folder, found, choice, options.export, trust=options.trust, say=_say)
+            warnings += export(folder, found, choice, options.export, trust=options.trust, say=say)
     for warning in warnings:
         print(f"popmtl: warning: {warning}", file=sys.stderr)
     if options.json:
@@ -366,7 +369,7 @@ def pick(options: argparse.Namespace) -> None:
         return
     print_choice(_console(), described(folder, found, choice))
     if options.export:
-        print(f"\nexported to {Path(options.export).resolve()}")
+        print("", *code, f"exported to {Path(options.export).resolve()}", sep="\n")
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -68,7 +68,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir()) or target == Path.cwd()):
         raise RequestError(f"--export {directory}: is there already; give a new folder, or an empty one")
     folder.files.check(f"{front.place}/{choice.member.model}")
-    admit(folder, str(folder.config()["problem"]["name"]), trust, "--trust", say)
+    changes = admit(folder, str(folder.config()["problem"]["name"]), trust, "--trust", say)
     model = _loaded(folder, front, choice.member)
     beside = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
@@ -79,7 +79,7 @@ def export(
         raise RequestError(f"--export {directory}: cannot be written ({error.filename}: {said(error)})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return complaints
+    return [*changes, *complaints]
 
 
 def _loaded(folder: RunFolder, front: Front, member: Member) -> nn.Module:

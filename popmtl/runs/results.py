@@ -132,7 +132,8 @@ def load_model(
     config = folder.config()
     parameters = dict(config["problem"])
     name = parameters.pop("name")
-    admit(folder, str(name), trust, "trust=True", logger.info)
+    for change in admit(folder, str(name), trust, "trust=True", logger.info):
+        logger.warning(change)
     problem = load_problem(name, parameters)
     place = BEST if best else LAST
     file = f"{place}/{model_file(subproblem)}"

@@ -135,7 +135,7 @@ def origin_of(folder: RunFolder) -> Origin | None:
     return record.origin if any(hmac.compare_digest(wanted.encode(), one.encode()) for one in record.hmac) else None
 
 
-def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[str], object]) -> None:
+def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[str], object]) -> list[str]:
     """Checks that a run's problem may be imported and built here; has its module be found where it was.
 
     Args:
@@ -143,7 +143,10 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
         name: of its problem, as its config has it.
         trust: whether the user trusts who made the folder.
         flag: how one says so.
-        say: is told whose code will run, and that it has changed.
+        say: is told whose code will run.
+
+    Returns:
+        What has changed since the run was made, one message each.
 
     Raises:
         RequestError: the folder is a stranger's, and `trust` was not given; or the module is not where it was, and
@@ -157,11 +160,11 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
     runs = f"runs {name} of {file or 'a module that is not here'}" if colon else f"builds {name} as the run says"
     if origin is None and not trust:
         raise RequestError(
-            f"{folder.location} was not made by this user on this machine, and this {runs}: give {flag} if you trust "
-            "who made it"
+            f"{folder.location} was not made by this user on this machine, or its config was changed, and this {runs}: "
+            f"give {flag} if you trust who did"
         )
     if not colon:
-        return
+        return []
     recorded = origin.file if origin else None
     if file is None:
         made = f"; the run's was {recorded}, of which {folder.files.where(_copy(module))} is a copy" if recorded else ""
@@ -170,9 +173,10 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
     if origin and recorded and _digest(file) != origin.sha256:
         copy = folder.files.where(_copy(module))
         if os.path.realpath(file) == os.path.realpath(recorded):
-            say(f"{file} has changed since the run was made; {copy} is as it was")
-        elif not trust:
+            return [f"{file} has changed since the run was made; {copy} is as it was"]
+        if not trust:
             raise RequestError(f"problem {name}: {file} is not the {recorded} that the run was made with: give {flag}")
+    return []
 
 
 def check_tracking(folder: RunFolder, opening: Mapping[str, Any], trust: bool, named: str | None = None) -> None:

@@ -453,7 +453,9 @@ def send_rest(
     check_tracking(folder, opening, trust)
     sink = MlflowSink(folder, journal, opening, 0)
     if any(entry.get("with_model") or entry["kind"] == "picker" for _, entry in sink._outbox._waiting):
-        admit(folder, str(folder.config()["problem"]["name"]), trust, "--trust", say)
+        name = str(folder.config()["problem"]["name"])
+        for change in admit(folder, name, trust, "--trust", say):
+            say(f"warning: {change}")
     if not trust and folder.files.path and sink.uri == default_database(folder) and origin_of(folder) is None:
         sink._within = folder.storage.resolve()
     if journal[-1]["kind"] != "closing":
