@@ -357,7 +357,8 @@ class Sender:
             )
         )
         if could and self._models.why_no_program:
-            why = f"not as an exported program, but with the code that builds them: {self._models.why_no_program}"
+            models = self._models
+            why = f"not as an exported program, but with the code that builds them: {models.why_no_program}; {models.code}"
             self._complain("models are logged", why)
         self._sent.models[str(i)] = model_id
         return model_id
