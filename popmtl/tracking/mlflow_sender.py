@@ -357,9 +357,10 @@ class Sender:
             )
         )
         if could and self._models.why_no_program:
-            models = self._models
-            why = f"not as an exported program, but with the code that builds them: {models.why_no_program}; {models.code}"
-            self._complain("models are logged", why)
+            why = f"{self._models.why_no_program}; {self._models.code}"
+            self._complain(
+                "models are logged", f"not as an exported program, but with the code that builds them: {why}"
+            )
         self._sent.models[str(i)] = model_id
         return model_id
 

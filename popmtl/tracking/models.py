@@ -51,7 +51,7 @@ class Models:
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._parameters: dict[str, Any] = dict(folder.config()["problem"])
-        self._name: str = self._parameters.pop("name")
+        self._name = str(self._parameters.pop("name"))
         example = load_problem(self._name, self._parameters).example_input()
         # Two: with one, the exported program would take batches of one only.
         self.example = None if example is None else example[:2].detach().cpu()
