@@ -21,7 +21,6 @@ from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, unquote, urlsplit
 
 import requests
 from mlflow import MlflowClient
@@ -36,9 +35,10 @@ from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import hypervolumes
 from popmtl.runs.trust import without_credentials
-from popmtl.tracking.links import EXPLORER, is_served
+from popmtl.tracking.links import EXPLORER
 from popmtl.tracking.note import named_members, note, registered_name
 from popmtl.tracking.outbox import CURSOR, Entry, Sent
+from popmtl.tracking.target import Target
 from popmtl.tracking.views import saved_views
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 METRICS_A_CALL, PARAMS_A_CALL, PARAM_LENGTH, TAG_LENGTH, RUNS_A_SEARCH = 1000, 100, 6000, 8000, 50000
 # HTTP's codes below 500 that say nothing against the request itself: who asks, how often, how slowly.
 NOT_NOW = (401, 403, 408, 429, 499)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # What databases say, within a BAD_REQUEST, of a row that another run has made in the same moment; once it is there,
 # MLflow finds it.
 TAKEN = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
@@ -94,46 +93,6 @@ class Failure:
 
     reason: str
     may_pass: bool
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a run is sent to.
-
-    Attributes:
-        uri: the tracking URI, with its credentials.
-        artifacts: where a new experiment's files go; None for the place that MLflow takes by itself.
-        within: the folder that files on this machine must go to; None for any.
-    """
-
-    uri: str
-    artifacts: str | None
-    within: Path | None
-
-    def check(self, artifacts: str) -> str:
-        """Checks where the server, or the database, has files go: MLflow would send its tokens along; gives it back.
-
-        Raises:
-            RequestError: to another server, or to files where they may not go.
-        """
-        ours, theirs = urlsplit(self.uri), urlsplit(artifacts)
-        if theirs.scheme in ("http", "https", "mlflow-artifacts"):
-            proxied = theirs.scheme == "mlflow-artifacts"
-            theirs = theirs._replace(scheme=ours.scheme) if proxied else theirs
-            right = is_served(self.uri) and (_server(theirs) == _server(ours) or (proxied and not theirs.netloc))
-        elif theirs.scheme in ("", "file"):
-            right = not is_served(self.uri) or ours.hostname in LOOPBACK
-            if right and self.within:
-                path = Path(unquote(theirs.path)).resolve()
-                right = theirs.hostname in (None, "", "localhost") and path.is_relative_to(self.within)
-        else:
-            right = theirs.scheme not in ("ftp", "sftp") and not self.within
-        if not right:
-            raise RequestError(
-                f"MLflow has the run's files go to {without_credentials(artifacts)}, which nothing is sent to: it is "
-                f"not of {without_credentials(self.uri)}"
-            )
-        return artifacts
 
 
 class Sender:
@@ -358,9 +317,8 @@ class Sender:
         )
         if could and self._models.why_no_program:
             why = f"{self._models.why_no_program}; {self._models.code}"
-            self._complain(
-                "models are logged", f"not as an exported program, but with the code that builds them: {why}"
-            )
+            what = f"not as an exported program, but with the code that builds them: {why}"
+            self._complain("models are logged", what)
         self._sent.models[str(i)] = model_id
         return model_id
 
@@ -523,11 +481,6 @@ class Sender:
         entities = [Param(key, _cut(value, PARAM_LENGTH)) for key, value in params.items()]
         for chunk in _chunks(entities, PARAMS_A_CALL):
             self._client().log_batch(run_id, params=chunk)
-
-
-def _server(parts: SplitResult) -> tuple[str, str | None, int | None]:
-    """What a request to a URI goes to."""
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _may_pass(error: Exception) -> bool:

@@ -39,7 +39,6 @@ from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, Front
 from popmtl.runs.trust import (
     PARENT,
-    SQLITE,
     URI,
     admit,
     check_tracking,
@@ -48,8 +47,9 @@ from popmtl.runs.trust import (
     with_credentials,
     without_credentials,
 )
-from popmtl.tracking.links import Location, is_served
+from popmtl.tracking.links import Location
 from popmtl.tracking.outbox import JOURNAL, Entry, Outbox
+from popmtl.tracking.target import Target, artifacts_of
 
 if TYPE_CHECKING:
     from popmtl.tracking.mlflow_sender import Sender
@@ -153,7 +153,7 @@ class MlflowSink:
             "uri": uri,
             "experiment": experiment or f"popmtl/{config_name or folder.name}",
             "parent": os.environ.get(PARENT) or last.get("parent"),
-            "artifacts": _artifacts(uri, folder),
+            "artifacts": artifacts_of(uri, folder),
             "run_name": folder.name,
             "config_name": last.get("config_name") or config_name or folder.name,
             "objectives": list(objectives),
@@ -324,11 +324,11 @@ class MlflowSink:
         # What is sent, to the server that was named, is for no other that it names.
         os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
         try:
-            from popmtl.tracking.mlflow_sender import Sender, Target
+            from popmtl.tracking.mlflow_sender import Sender
         except ImportError as error:
             self._remember("opening", str(error))
             return
-        target = Target(self._named, _artifacts(self.uri, self._folder), self._within)
+        target = Target(self._named, artifacts_of(self.uri, self._folder), self._within)
         sender = Sender(self._folder, self._opening, target, self._outbox.sent, self._remember)
         pace = 0.0
         while not self._abandoned.is_set():
@@ -505,20 +505,6 @@ class _Curves:
         _, starts, counts = np.unique((steps - 1) // self._width, return_index=True, return_counts=True)
         sums = np.add.reduceat(losses, starts, axis=0)
         return steps[starts + counts - 1], sums / counts[:, None, None]
-
-
-def _artifacts(uri: str, folder: RunFolder) -> str | None:
-    """Where an experiment's files go, whatever the journal says; None for the place that MLflow takes by itself.
-
-    That is the server's own, or, with a database alone, ./mlruns, whatever folder that may be.
-    """
-    if is_served(uri):
-        return None
-    if folder.files.path:
-        return (folder.storage.resolve() / "mlartifacts").as_uri()
-    return (
-        (Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
-    )
 
 
 def _description(entry: Entry) -> str:

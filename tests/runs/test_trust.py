@@ -23,9 +23,9 @@ from popmtl.runs.folder import LOCK, RunFolder, runs_in, states
 from popmtl.runs.results import load_model, model_file
 from popmtl.runs.storage import LocalStorage, open_storage
 from popmtl.runs.trust import ORIGIN, default_database, origin_of, without_credentials
-from popmtl.tracking.mlflow_sender import Target
 from popmtl.tracking.mlflow_sink import MlflowSink
 from popmtl.tracking.outbox import JOURNAL
+from popmtl.tracking.target import Target
 
 SECRET = "what only the user knows"
 ESCAPES = [
