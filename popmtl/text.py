@@ -37,3 +37,12 @@ def shown(value: Any, most: int = LONGEST_SHOWN) -> str:
 def cut(text: str, most: int) -> str:
     """The text, or its beginning and what is left out."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
+def in_bytes(count: float) -> str:
+    """Bytes in words."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

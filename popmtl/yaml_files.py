@@ -139,7 +139,7 @@ class _Reader:
     def value(self, event: Any, depth: int) -> Any:
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
-                raise _at(event, f"*{cut(event.anchor, 40)} stands for nothing that is complete before it")
+                raise _at(event, f"*{cut(str(event.anchor), 40)} stands for nothing that is complete before it")
             value, size = self.anchors[event.anchor]
             self.spend(event, size)
             return copy.deepcopy(value)  # an override of one must not change the other

@@ -247,7 +247,7 @@ def test_a_file_that_holds_no_keys_is_refused(load, text, says):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(RequestError, match=r"absent\.yaml: No such file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(RequestError, match="Is a directory"):
+    with pytest.raises(RequestError, match="is a folder, and must be a file"):
         load_config(tmp_path)
 
 

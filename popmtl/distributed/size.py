@@ -11,7 +11,7 @@ from popmtl.config import Config
 from popmtl.distributed.placement import Nodes
 from popmtl.errors import RequestError
 from popmtl.method.problem import Problem
-from popmtl.text import shown
+from popmtl.text import in_bytes, shown
 
 MOST_SUBPROBLEMS = 4096
 """Each has a row of the dense N×N matrices, and a place in every picture and table."""
@@ -72,7 +72,7 @@ def check_model(config: Config, problem: Problem, subproblems: int, nodes: Nodes
     itemsize = 8 if config.train.dtype == "float64" else 4
     here, all_of_it = parameters * itemsize * _COPIES, parameters * itemsize * 2 * subproblems
     known = [node["memory"] for node in nodes if "memory" in node] or [room()] * len(nodes)
-    for needs, there, what in ((here, room(), "one of them here"), (all_of_it, 4 * sum(known), "all of them")):
+    for needs, there, what in ((here, room() / 2, "one of them here"), (all_of_it, 4 * sum(known), "all of them")):
         if needs > there:
             raise RequestError(
                 f"problem {config.problem.name}: a model has {parameters:,} parameters; to train {what} would take "
@@ -85,15 +85,6 @@ def room() -> float:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     total = float(psutil.virtual_memory().total)
     return total if limit == resource.RLIM_INFINITY else min(total, limit - psutil.Process().memory_info().vms)
-
-
-def in_bytes(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def _check(key: str, value: int, needs: int, what: str) -> None:

@@ -15,13 +15,13 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import yaml
-
 from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
+from popmtl.runs.names import check_run_name
 from popmtl.runs.storage import Storage, joined, open_storage, said, split
+from popmtl.yaml_files import read_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,10 @@ class RunFolder:
         """A new, empty folder for the run `name` in `storage`, which is made where it is missing.
 
         Raises:
-            RequestError: the name is no plain folder name, a run of that name exists, or `storage` cannot be
+            RequestError: the name is none that `check_run_name` takes, a run of it exists, or `storage` cannot be
                 written to.
         """
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise RequestError(f"run name {name!r}: use a name that can be a folder's, without /")
+        check_run_name(name)
         storage = open_storage(storage).location
         folder = cls(joined(storage, name))
         try:
@@ -122,7 +121,7 @@ class RunFolder:
             yaml.representer.RepresenterError: the config holds something else.
             RequestError: it cannot be written.
         """
-        content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+        content = to_yaml(config).encode()
         try:
             self.write("config.yaml", content)
         except OSError as error:
@@ -189,13 +188,13 @@ class RunFolder:
         """
         where = self.files.where("config.yaml")
         try:
-            content = yaml.safe_load(self.read("config.yaml"))
+            content = read_yaml(self.read("config.yaml"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
             raise self._refusal("read", error) from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RequestError(f"{where} cannot be read: {error}") from error
+        except ValueError as error:
+            raise RequestError(f"{where} {error}") from error
         if not isinstance(content, dict):
             raise RequestError(f"{where} holds no settings")
         return content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
+
+FORMULA = re.compile(r"(^|[;,|\t\r\n])(?=[\s\"']*[=+\-@＝＋－＠]|[\t\r\n])")
+"""Where an apostrophe has to stand in text (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -160,6 +164,11 @@ def load_model(
     return model.eval()
 
 
+def _text(cell: str | None) -> str | None:
+    """A cell that no spreadsheet takes for a formula, nor what follows what it may take for the end of a cell."""
+    return cell and FORMULA.sub(r"\1'", cell)
+
+
 def _table(front: Front) -> list[list[Any]]:
     """The rows of front.csv, its header first."""
     splits: list[Split] = ["validation", "test"] if front.chosen_on == "validation" else ["test"]
@@ -179,7 +188,7 @@ def _table(front: Front) -> list[list[Any]]:
         "reseeds",
         "lost",
     ]
-    rows: list[list[Any]] = [header]
+    rows: list[list[Any]] = [[_text(name) for name in header]]
     for i, member in enumerate(front.members):
         values = [*member.weights]
         for split in splits:
@@ -189,11 +198,11 @@ def _table(front: Front) -> list[list[Any]]:
             [
                 member.subproblem,
                 *(float(value) for value in values),
-                member.stage,
+                _text(member.stage),
                 member.non_dominated,
-                member.model,
+                _text(member.model),
                 member.reseeds,
-                member.lost,
+                _text(member.lost),
             ]
         )
     return rows
