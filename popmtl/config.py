@@ -315,7 +315,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     baseline: Text | None = None
     storage: Text = "runs"
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
 
     @field_validator("problem", mode="before")
     @classmethod

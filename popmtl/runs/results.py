@@ -20,8 +20,9 @@ from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
+from popmtl.text import printable
 
-FORMULA = re.compile(r"(^|[;,|\t\r\n])(?=[\s\"']*[=+\-@＝＋－＠]|[\t\r\n])")
+FORMULA = re.compile(r"(^|[;,|])(?=[\s\"']*[=+\-@＝＋－＠])")
 """Where an apostrophe has to stand in text (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
@@ -165,8 +166,8 @@ def load_model(
 
 
 def _text(cell: str | None) -> str | None:
-    """A cell that no spreadsheet takes for a formula, nor what follows what it may take for the end of a cell."""
-    return cell and FORMULA.sub(r"\1'", cell)
+    """A cell in one line that no spreadsheet takes for a formula, nor what it may take for the cell behind it."""
+    return cell and FORMULA.sub(r"\1'", printable(cell))
 
 
 def _table(front: Front) -> list[list[Any]]:
