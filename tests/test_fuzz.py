@@ -20,7 +20,7 @@ import psutil
 import pytest
 import ray
 from finished_runs import Settings
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import popmtl.tracking.mlflow_sink
@@ -109,6 +109,7 @@ def examples(count, strategies, body):
         derandomize=True,
         database=None,
         deadline=None,
+        phases=[Phase.generate],  # shrinking takes minutes; the first example that fails is printed as it is
         suppress_health_check=list(HealthCheck),
     )
 
