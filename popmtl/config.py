@@ -481,8 +481,9 @@ def resumed_config(own: Mapping[str, Any], given: str | Path | None, overrides: 
     if refused := [key for key in changed if not key.startswith(MAY_CHANGE)]:
         lines = [f"  {key}: {shown(before.get(key))} in the run, {shown(after.get(key))} now" for key in refused]
         raise RequestError(
-            f"a run can only be resumed with its own config, but for {', '.join(MAY_CHANGE)}; these differ:\n"
+            "a run can only be resumed with its own config; these differ:\n"
             + "\n".join(lines[:MOST_COMPLAINTS])
+            + f"\n  only these may: {', '.join(MAY_CHANGE)}"
         )
     return asked
 

@@ -366,7 +366,7 @@ def test_a_misspelt_command_line_shows_the_usage(arguments, capsys):
     ("arguments", "says"),
     [
         (["ui", "--port", "99999999"], "'99999999': give a port from 1 to 65535"),
-        (["ui", "--port", "-1"], "expected one argument"),
+        (["ui", "--port", "-1"], "'-1': give a port from 1 to 65535"),
         (["train", "c.yaml", "--profile", "1" + "0" * 5000], "a number of steps"),
         (["train", "c.yaml", "--address", "ray://"], "'ray://': give auto, HOST:PORT or ray://HOST:PORT"),
         (["train", "c.yaml", "--address", "127.0.0.1:99999"], "'127.0.0.1:99999': give auto"),
