@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from popmtl import __version__, modules
+from popmtl.arguments import Parser, check_texts, cluster_address, message, numbers, port, steps
 from popmtl.errors import RequestError, RunError
+from popmtl.text import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from popmtl.config import Config
+    from popmtl.display import Console
     from popmtl.distributed.placement import Nodes
     from popmtl.distributed.plan import RunPlan
     from popmtl.runs.baseline import SingleTask
@@ -43,15 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest  # argparse leaves those that come after an option
+    check_texts(parser, options)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
     try:
         # The user's own problem lies beside the config, or where the command is given.
         modules.look_in(*([os.path.dirname(options.config)] if getattr(options, "config", None) else []), "")
         code: int | None = options.call(options)
     except RequestError as error:
-        print(f"popmtl: {error}", file=sys.stderr)
+        print(f"popmtl: {message(error)}", file=sys.stderr)
         return BAD_REQUEST
     except RunError as error:
-        print(f"popmtl: {error}", file=sys.stderr)
+        print(f"popmtl: {message(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("popmtl: interrupted", file=sys.stderr)
@@ -69,9 +75,10 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.plan import make_plan
     from popmtl.distributed.profile import steps_needed
     from popmtl.distributed.resumption import find_checkpoint
-    from popmtl.runs.baseline import SINGLE_TASK
+    from popmtl.runs.baseline import SINGLE_TASK, baseline_name
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.front import BEST
+    from popmtl.runs.names import check_run_name
     from popmtl.runs.storage import split
     from popmtl.tracking.links import where_to_look
 
@@ -98,7 +105,10 @@ def train(options: argparse.Namespace) -> None:
         if not options.config:
             raise RequestError("train: give a CONFIG, or --resume RUN")
         config = load_config(options.config, options.overrides)
-        name = Path(options.config).stem
+        name = printable(Path(options.config).stem)
+        run_name = _name_of_new_run(options)
+        if config.baseline == SINGLE_TASK:
+            check_run_name(baseline_name(run_name))
         if options.storage:
             config = config.model_copy(update={"storage": options.storage})
     console = _console()
@@ -116,7 +126,6 @@ def train(options: argparse.Namespace) -> None:
             print_plan(console, plan)
             return
         if not options.resume:
-            run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             folder = RunFolder.create(config.storage, run_name)
         session.enter_context(folder.held())
         begins = ""
@@ -173,14 +182,23 @@ def _admit_resumed(folder: RunFolder, config: Config, trust: bool) -> None:
     from popmtl.runs.trust import admit
     from popmtl.tracking.mlflow_sink import check_opening
 
-    for change in admit(folder, config.problem.name, trust, "--trust", _say):
-        _say(f"warning: {change}")
+    for change in admit(folder, config.problem.name, trust, "--trust", _note):
+        _note(f"warning: {change}")
     if config.tracking.enabled:
         check_opening(folder, config.tracking.uri, trust)
 
 
-def _say(text: str) -> None:
-    print(f"popmtl: {text}", file=sys.stderr)
+def _note(text: str) -> None:
+    print(f"popmtl: {printable(text)}", file=sys.stderr)
+
+
+def _name_of_new_run(options: argparse.Namespace) -> str:
+    """The name that was given, or one of the config's name and the time."""
+    from popmtl.runs.names import check_run_name
+
+    if options.run_name:
+        return check_run_name(options.run_name)
+    return check_run_name(f"{Path(options.config).stem}-{datetime.now():%Y%m%d-%H%M%S}", "; or give a --run-name")
 
 
 def _train_baseline(
@@ -200,7 +218,7 @@ def _train_baseline(
         RequestError: there is another run where they would be.
         RunError: the training failed.
     """
-    from popmtl.config import Config, decisive, single_task
+    from popmtl.config import decisive, single_task, validated
     from popmtl.display import ProgressLine, print_warnings
     from popmtl.distributed import driver
     from popmtl.distributed.plan import make_plan
@@ -214,7 +232,7 @@ def _train_baseline(
     own = baseline_name(folder.name)
     beside = RunFolder(joined(config.storage, own))
     resumes = beside.files.entry("config.yaml") is not None
-    if resumes and decisive(Config.model_validate(beside.config())) != decisive(config):
+    if resumes and decisive(validated(beside.config(), f"config.yaml of {beside.location}")) != decisive(config):
         raise RequestError(f"{beside.location}: is of another config than this run's baseline; move it away")
     if not beside.has_front():
         if resumes:
@@ -260,7 +278,7 @@ def submit(options: argparse.Namespace) -> int:
         where = ["--resume", run, *(["--trust"] if options.trust else [])]
     else:
         storage = options.storage or config.storage
-        name = options.run_name or f"{path.stem}-{now}"
+        name = _name_of_new_run(options)
         where = ["--run-name", name, "--storage", storage]
         run = storage
     if not (is_remote(run) or Path(run).is_absolute()):
@@ -276,7 +294,7 @@ def submit(options: argparse.Namespace) -> int:
     print(f"job {job}", flush=True)
 
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        print(printable(text, "\n\t"), end="", flush=True)
 
     try:
         return jobs.follow(job, write)
@@ -287,15 +305,14 @@ def submit(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> None:
     """`popmtl status`: the runs among a cluster's jobs, or one of them with its last lines."""
-    from rich.console import Console
-
-    from popmtl.display import print_jobs
+    from popmtl.display import Console, print_jobs
     from popmtl.distributed.jobs import Jobs
 
     jobs = Jobs(options.address)
     print_jobs(Console(emoji=False), [jobs.details(options.job)] if options.job else jobs.all())
     if options.job:
-        print("\n".join(jobs.last_lines(options.job, LAST_LINES)))
+        for line in jobs.last_lines(options.job, LAST_LINES):
+            _say(line)
 
 
 def stop(options: argparse.Namespace) -> None:
@@ -303,12 +320,12 @@ def stop(options: argparse.Namespace) -> None:
     from popmtl.distributed.jobs import Jobs
 
     jobs = Jobs(options.address)
-    print(f"{options.job} has been stopped" if jobs.stop(options.job) else f"{options.job} had ended")
+    _say(f"{options.job} has been stopped" if jobs.stop(options.job) else f"{options.job} had ended")
 
 
 def _take_config_for_override(options: argparse.Namespace) -> None:
     """With --resume the first override stands where CONFIG would, if none was given."""
-    if options.config and "=" in options.config and not Path(options.config).exists():
+    if options.config and "=" in options.config and not os.path.exists(options.config):
         options.config, options.overrides = None, [options.config, *options.overrides]
 
 
@@ -319,16 +336,16 @@ def _complete_front(folder: RunFolder, config: Config, options: argparse.Namespa
         RequestError: nothing is, or the request changes what comes before the front.
         RunError: MLflow has not taken everything.
     """
-    from popmtl.config import Config
+    from popmtl.config import validated
     from popmtl.runs.folder import last_word
 
     if last_word(folder) == "finished":
         raise RequestError(f"{folder.location}: this run has finished")
-    own = Config.model_validate(folder.config())
+    own = validated(folder.config(), f"config.yaml of {folder.location}")
     if (config.train, config.fine_tune, config.tracking) != (own.train, own.fine_tune, own.tracking):
         raise RequestError(f"{_has_front(folder)}; train, fine_tune and tracking cannot change any more")
     if options.dry_run:
-        print(_has_front(folder))
+        _say(_has_front(folder))
         return
     _complete_baseline(folder, options.trust)
     _completed(folder, options.trust)
@@ -370,20 +387,19 @@ def _completed(folder: RunFolder, trust: bool, *, asked: bool = False) -> None:
     # The coordinator of a driver that was killed goes on for some seconds.
     with folder.held(), folder.held(COORDINATOR_LOCK, wait=COORDINATOR_SECONDS):
         tracked = asked or is_tracked(folder)
-        ended = complete(folder, trust=trust, say=_say) if tracked else complete_front(folder, None)
+        ended = complete(folder, trust=trust, say=_note) if tracked else complete_front(folder, None)
     if ended.location:
-        print("\n".join(where_to_look(ended.location, folder.location)))
+        for line in where_to_look(ended.location, folder.location):
+            _say(line)
     if not ended.complete:
         raise RunError("MLflow: " + "; ".join(ended.complaints))
     for complaint in ended.complaints:
-        print(f"popmtl: warning: MLflow: {complaint}", file=sys.stderr)
+        _note(f"warning: MLflow: {complaint}")
 
 
 def runs(options: argparse.Namespace) -> None:
     """`popmtl runs`: the runs in a storage folder, the latest last."""
-    from rich.console import Console
-
-    from popmtl.display import print_runs
+    from popmtl.display import Console, print_runs
     from popmtl.runs.folder import runs_in
 
     storage = options.storage or "runs"
@@ -407,7 +423,7 @@ def front(options: argparse.Namespace) -> None:
 
         _draw(options, lambda file: draw_front(found, file))
     if options.json:
-        print(content, end="")
+        print(printable(content, "\n"), end="")
     else:
         print_front(_console(), found)
 
@@ -434,18 +450,19 @@ def pick(options: argparse.Namespace) -> None:
         others = ", ".join(str(other) for other in choice.dominated_by)
         warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")
     if options.export:
-        say = _say if options.trust else code.append
+        say = _note if options.trust else code.append
         with _reading(options.run):
             warnings += export(folder, found, choice, options.export, trust=options.trust, say=say)
     for warning in warnings:
-        print(f"popmtl: warning: {warning}", file=sys.stderr)
+        _note(f"warning: {warning}")
     if options.json:
         exported = {"exported": str(Path(options.export).resolve())} if options.export else {}
-        print(to_json(described(folder, found, choice) | exported, indent=2))
+        print(printable(to_json(described(folder, found, choice) | exported, indent=2), "\n"))
         return
     print_choice(_console(), described(folder, found, choice))
     if options.export:
-        print("", *code, f"exported to {Path(options.export).resolve()}", sep="\n")
+        for line in ("", *code, f"exported to {Path(options.export).resolve()}"):
+            _say(line)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -470,13 +487,18 @@ def compare(options: argparse.Namespace) -> None:
         points = [front_points(front) for front in fronts]
         _draw(options, lambda file: draw_fronts(comparison.names, comparison.objectives, points, file))
     if options.json:
-        print(to_json(asdict(comparison), indent=2))
+        print(printable(to_json(asdict(comparison), indent=2), "\n"))
     else:
         print_comparison(_console(), comparison)
 
 
+def _say(text: str) -> None:
+    """Prints a line, whatever the names in it are made of."""
+    print(printable(text), flush=True)
+
+
 def _console() -> Console:
-    from rich.console import Console
+    from popmtl.display import Console
 
     console = Console(emoji=False)
     return (
@@ -498,7 +520,7 @@ def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None
             draw(file)
     except OSError as error:
         raise RequestError(f"--plot {options.plot}: cannot be written ({said(error)})") from error
-    print(f"picture {path}", file=sys.stderr if options.json else sys.stdout)
+    print(printable(f"picture {path}"), file=sys.stderr if options.json else sys.stdout)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -515,11 +537,11 @@ def verify(options: argparse.Namespace) -> None:
     for name in found:
         hypervolume = hypervolume_of(folder, name)
         figure = "" if hypervolume is None else f", hypervolume {hypervolume:.5g}"
-        print(f"{split(name)[1]}: {damaged.get(name, f'whole{figure}')}")
+        _say(f"{split(name)[1]}: {damaged.get(name, f'whole{figure}')}")
     if damaged:
         raise RunError(f"{folder.location}: {len(damaged)} of {len(found)} checkpoints are damaged")
     if not found:
-        print(f"{folder.location} has no checkpoint")
+        _say(f"{folder.location} has no checkpoint")
 
 
 @contextmanager
@@ -559,7 +581,8 @@ def ui(options: argparse.Namespace) -> None:
         if location is None:
             raise RequestError(f"{folder.location}: MLflow has nothing of this run yet; popmtl track sends it")
         if is_served(location.uri):
-            print("\n".join(links(location)))
+            for line in links(location):
+                _say(line)
             return
         database = with_credentials(location.uri)
     else:
@@ -568,14 +591,15 @@ def ui(options: argparse.Namespace) -> None:
             raise RequestError(f"{path}: there is no tracking database; give a RUN, or --storage FOLDER")
         database = f"sqlite:///{path}"
     with server(database, options.port) as (base, process):
-        print("\n".join(links(location, base) if location else [f"MLflow    {base}{HOME}"]), flush=True)
+        for line in links(location, base) if location else [f"MLflow    {base}{HOME}"]:
+            _say(line)
         print("Ctrl-C ends the server", flush=True)
         process.wait()
     raise RunError(f"the MLflow server ended with exit code {process.returncode}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
+    parser = Parser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
     parser.add_argument("--version", action="version", version=f"popmtl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("runs", help="list the runs in a storage folder")
@@ -598,7 +622,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
     choice = command.add_mutually_exclusive_group()
     choice.add_argument(
-        "--preference", type=_numbers, metavar="P1,P2,...", help="how much each objective matters, such as 0.3,0.7"
+        "--preference", type=numbers, metavar="P1,P2,...", help="how much each objective matters, such as 0.3,0.7"
     )
     choice.add_argument("--knee", action="store_true", help="nearest to the best of all objectives at once")
     choice.add_argument("--best", metavar="NAME", help="the best at this objective or metric")
@@ -625,14 +649,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ui", help="serve MLflow to this machine's browsers, and print where to look")
     command.add_argument("run", nargs="?", metavar="RUN", help="path or URL of the run's folder; default: all runs")
     command.add_argument("--storage", help="folder that holds the runs, where no RUN is given; default: ./runs")
-    command.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    command.add_argument("--port", type=port, default=5000, help="default: %(default)s")
     _add_trust(command)
     command.set_defaults(call=ui)
     command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume the run's own if absent")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    command.add_argument("--address", help="join the Ray cluster at this address, or auto; default: start one here")
+    command.add_argument(
+        "--address", type=cluster_address, help="join the Ray cluster at this address, or auto; default: start one here"
+    )
     command.add_argument("--run-name", help="name of the run and its folder; default: the config's name and the time")
     command.add_argument("--storage", help="path or URL of the folder that holds the runs; default: the config's")
     command.add_argument(
@@ -641,7 +667,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--profile",
         nargs="?",
-        type=_count,
+        type=steps,
         const=20,
         metavar="STEPS",
         help="write a torch profiler's trace of so many MTGD steps of actor 0 to the run's folder; default: 20",
@@ -652,16 +678,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number of steps")
-    return int(text)
-
-
-def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_job_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """What has to do with a cluster's jobs."""
     default = os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-    address = argparse.ArgumentParser(add_help=False)
+    address = Parser(add_help=False)
     address.add_argument(
         "--address", default=default, help="of Ray's dashboard; default: $RAY_API_SERVER_ADDRESS, or %(default)s"
     )
@@ -710,10 +730,3 @@ def _add_from(command: argparse.ArgumentParser) -> None:
         default="last",
         help="the models of the end, or of the best evaluation on the validation split (front.best); default: last",
     )
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers between commas, such as 0.3,0.7") from error

@@ -65,8 +65,12 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(address)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and address.isprintable()
+        except ValueError:  # a port out of range, or brackets without an address between them
+            good = False
+        if not good or " " in address:
             raise RequestError(f"--address {address}: give that of Ray's dashboard, such as http://127.0.0.1:8265")
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -17,14 +17,14 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import yaml
-
 from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
+from popmtl.runs.names import check_run_name
 from popmtl.runs.storage import Entry, LocalStorage, Storage, joined, open_storage, said, split
 from popmtl.runs.trust import sign, without_credentials
+from popmtl.yaml_files import read_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +76,10 @@ class RunFolder:
         once, or one that still goes on, the first to have it `held` gets it: see `write_config`.
 
         Raises:
-            RequestError: the name is no plain folder name, a run of that name exists, or `storage` cannot be
+            RequestError: the name is none that `check_run_name` takes, a run of it exists, or `storage` cannot be
                 written to.
         """
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise RequestError(f"run name {name!r}: use a name that can be a folder's, without /")
+        check_run_name(name)
         storage = open_storage(storage).location
         folder = cls(joined(storage, name))
         try:
@@ -145,7 +144,7 @@ class RunFolder:
         tracking = config.get("tracking")
         if tracking and tracking.get("uri"):
             config = {**config, "tracking": {**tracking, "uri": without_credentials(tracking["uri"])}}
-        content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+        content = to_yaml(config).encode()
         try:
             if new and self.files.entry("config.yaml"):
                 raise self._exists()
@@ -247,13 +246,13 @@ class RunFolder:
         """
         where = self.files.where("config.yaml")
         try:
-            content = yaml.safe_load(self.read("config.yaml"))
+            content = read_yaml(self.read("config.yaml"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
             raise self._refusal("read", error) from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RequestError(f"{where} cannot be read: {error}") from error
+        except ValueError as error:
+            raise RequestError(f"{where} {error}") from error
         if not isinstance(content, dict):
             raise RequestError(f"{where} holds no settings")
         return content

@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,12 @@ from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
 from popmtl.runs.trust import admit
+from popmtl.text import printable
 
 logger = logging.getLogger(__name__)
+
+FORMULA = re.compile(r"(^|[;,|])(?=[\s\"']*[=+\-@＝＋－＠])")
+"""Where an apostrophe has to stand in text (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -179,6 +184,11 @@ def load_model(
     return model.eval()
 
 
+def _text(cell: str | None) -> str | None:
+    """A cell in one line that no spreadsheet takes for a formula, nor what it may take for the cell behind it."""
+    return cell and FORMULA.sub(r"\1'", printable(cell))
+
+
 def _table(front: Front) -> list[list[Any]]:
     """The rows of front.csv, its header first."""
     splits: list[Split] = ["validation", "test"] if front.chosen_on == "validation" else ["test"]
@@ -198,7 +208,7 @@ def _table(front: Front) -> list[list[Any]]:
         "reseeds",
         "lost",
     ]
-    rows: list[list[Any]] = [header]
+    rows: list[list[Any]] = [[_text(name) for name in header]]
     for i, member in enumerate(front.members):
         values = [*member.weights]
         for split in splits:
@@ -208,11 +218,11 @@ def _table(front: Front) -> list[list[Any]]:
             [
                 member.subproblem,
                 *(float(value) for value in values),
-                member.stage,
+                _text(member.stage),
                 member.non_dominated,
-                member.model,
+                _text(member.model),
                 member.reseeds,
-                member.lost,
+                _text(member.lost),
             ]
         )
     return rows

@@ -68,7 +68,7 @@ def server(database: str, port: int) -> Iterator[tuple[str, subprocess.Popen[byt
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     last = log.read().decode(errors="replace").strip().splitlines()[-5:]
-                    raise RunError("the MLflow server did not start:\n" + "\n".join(last))
+                    raise RunError("the MLflow server did not start:\n  " + "\n  ".join(last))
                 time.sleep(POLL_SECONDS)
             yield base, process
         finally:
