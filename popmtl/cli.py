@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from popmtl import __version__
+from popmtl import __version__, modules
 from popmtl.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest  # argparse leaves those that come after an option
-    # A console script's path lacks the folder where it is called, and with it the user's own problem.
-    sys.path.insert(0, str(Path.cwd()))
     try:
+        # The user's own problem lies beside the config, or where the command is given.
+        modules.look_in(*([os.path.dirname(options.config)] if getattr(options, "config", None) else []), "")
         code: int | None = options.call(options)
     except RequestError as error:
         print(f"popmtl: {error}", file=sys.stderr)
@@ -78,17 +78,20 @@ def train(options: argparse.Namespace) -> None:
     if options.resume:
         _take_config_for_override(options)
         folder = RunFolder(options.resume)
-        if folder.lacks_config():
-            if not options.config:
-                raise RequestError(
-                    f"{folder.location} has no config.yaml: its process was killed as it made it; give CONFIG, too"
-                )
-            config = load_config(options.config, options.overrides)
-        else:
-            config = resumed_config(folder.config(), options.config, options.overrides)
-            if folder.has_front():
-                _complete_front(folder, config, options)
-                return
+        with _reading(options.resume):
+            folder.files.check_links()
+            if folder.lacks_config():
+                if not options.config:
+                    raise RequestError(
+                        f"{folder.location} has no config.yaml: its process was killed as it made it; give CONFIG, too"
+                    )
+                config = load_config(options.config, options.overrides)
+            else:
+                config = resumed_config(folder.config(), options.config, options.overrides)
+                if folder.has_front():
+                    _complete_front(folder, config, options)
+                    return
+                _admit_resumed(folder, config, options.trust)
         config = config.model_copy(update={"storage": split(folder.location)[0]})
         name = folder.name
     else:
@@ -135,7 +138,7 @@ def train(options: argparse.Namespace) -> None:
         if not options.address:
             session.enter_context(driver.cluster(None, int(nodes[0]["CPU"])))
         if config.baseline == SINGLE_TASK:
-            plan = replace(plan, reference=_train_baseline(console, plan, nodes, folder, name))
+            plan = replace(plan, reference=_train_baseline(console, plan, nodes, folder, name, options.trust))
         with ProgressLine(console) as line:
             resumes = bool(options.resume)
             report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
@@ -161,7 +164,28 @@ def train(options: argparse.Namespace) -> None:
             console.print(hint, highlight=False, soft_wrap=True)
 
 
-def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> SingleTask:
+def _admit_resumed(folder: RunFolder, config: Config, trust: bool) -> None:
+    """Checks that a run may go on here: its problem's code may run, and MLflow is where the user has named it.
+
+    Raises:
+        RequestError: the folder is a stranger's, and `trust` was not given.
+    """
+    from popmtl.runs.trust import admit
+    from popmtl.tracking.mlflow_sink import check_opening
+
+    for change in admit(folder, config.problem.name, trust, "--trust", _say):
+        _say(f"warning: {change}")
+    if config.tracking.enabled:
+        check_opening(folder, config.tracking.uri, trust)
+
+
+def _say(text: str) -> None:
+    print(f"popmtl: {text}", file=sys.stderr)
+
+
+def _train_baseline(
+    console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str, trust: bool
+) -> SingleTask:
     """Trains the single-task models of a run beside it, unless they are there; their figures.
 
     Args:
@@ -170,6 +194,7 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
         nodes: of the cluster.
         folder: the run's.
         name: what MLflow's experiment is named by.
+        trust: whether the user trusts who made the folder of the single-task models, where it is there.
 
     Raises:
         RequestError: there is another run where they would be.
@@ -192,7 +217,10 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
     if resumes and decisive(Config.model_validate(beside.config())) != decisive(config):
         raise RequestError(f"{beside.location}: is of another config than this run's baseline; move it away")
     if not beside.has_front():
-        if not resumes:
+        if resumes:
+            beside.files.check_links()
+            _admit_resumed(beside, config, trust)
+        else:
             beside = RunFolder.create(config.storage, own)
         with beside.held():
             beside.write_config(config.resolved(), new=not resumes)
@@ -201,7 +229,7 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
                 report = driver.run(make_plan(config, nodes), beside.location, name, line.show, resumes=resumes)
         print_warnings(console, [f"MLflow: {complaint}" for complaint in report.complaints])
     elif last_word(beside) != "finished":
-        _completed(beside)
+        _completed(beside, trust)
     return single_task_figures(beside, plan.objectives, plan.tasks)
 
 
@@ -229,7 +257,7 @@ def submit(options: argparse.Namespace) -> int:
     if options.resume:
         run = options.resume
         name = f"{split(run)[1]}-resumed-{now}"
-        where = ["--resume", run]
+        where = ["--resume", run, *(["--trust"] if options.trust else [])]
     else:
         storage = options.storage or config.storage
         name = options.run_name or f"{path.stem}-{now}"
@@ -302,8 +330,8 @@ def _complete_front(folder: RunFolder, config: Config, options: argparse.Namespa
     if options.dry_run:
         print(_has_front(folder))
         return
-    _complete_baseline(folder)
-    _completed(folder)
+    _complete_baseline(folder, options.trust)
+    _completed(folder, options.trust)
 
 
 def _has_front(folder: RunFolder) -> str:
@@ -311,7 +339,7 @@ def _has_front(folder: RunFolder) -> str:
     return f"{folder.location} has its front, and may lack what comes after it: {command} brings it"
 
 
-def _complete_baseline(folder: RunFolder) -> None:
+def _complete_baseline(folder: RunFolder, trust: bool) -> None:
     """Brings what is lacking of the single-task models' run beside a run, where there is one that has its front."""
     from popmtl.runs.baseline import SINGLE_TASK, baseline_name
     from popmtl.runs.folder import RunFolder, last_word
@@ -320,14 +348,15 @@ def _complete_baseline(folder: RunFolder) -> None:
     if folder.config().get("baseline") == SINGLE_TASK:
         beside = RunFolder(joined(split(folder.location)[0], baseline_name(folder.name)))
         if beside.has_front() and last_word(beside) != "finished":
-            _completed(beside)
+            _completed(beside, trust)
 
 
-def _completed(folder: RunFolder, *, asked: bool = False) -> None:
+def _completed(folder: RunFolder, trust: bool, *, asked: bool = False) -> None:
     """Brings what is lacking of a run's end, and says where it is in MLflow.
 
     Args:
         folder: the run's.
+        trust: whether the user trusts who made it.
         asked: for what MLflow has not got; also of a run without a front, and not of one that was never tracked.
 
     Raises:
@@ -340,7 +369,8 @@ def _completed(folder: RunFolder, *, asked: bool = False) -> None:
 
     # The coordinator of a driver that was killed goes on for some seconds.
     with folder.held(), folder.held(COORDINATOR_LOCK, wait=COORDINATOR_SECONDS):
-        ended = complete(folder) if asked or is_tracked(folder) else complete_front(folder, None)
+        tracked = asked or is_tracked(folder)
+        ended = complete(folder, trust=trust, say=_say) if tracked else complete_front(folder, None)
     if ended.location:
         print("\n".join(where_to_look(ended.location, folder.location)))
     if not ended.complete:
@@ -398,13 +428,15 @@ def pick(options: argparse.Namespace) -> None:
         found = finished_front(folder, PLACES[options.source])
     choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
     member = choice.member.subproblem
+    code: list[str] = []
     warnings = [warning] if (warning := chosen_on_test(found)) else []
     if choice.dominated_by:
         others = ", ".join(str(other) for other in choice.dominated_by)
         warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")
     if options.export:
+        say = _say if options.trust else code.append
         with _reading(options.run):
-            warnings += export(folder, found, choice, options.export)
+            warnings += export(folder, found, choice, options.export, trust=options.trust, say=say)
     for warning in warnings:
         print(f"popmtl: warning: {warning}", file=sys.stderr)
     if options.json:
@@ -413,7 +445,7 @@ def pick(options: argparse.Namespace) -> None:
         return
     print_choice(_console(), described(folder, found, choice))
     if options.export:
-        print(f"\nexported to {Path(options.export).resolve()}")
+        print("", *code, f"exported to {Path(options.export).resolve()}", sep="\n")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -507,13 +539,14 @@ def track(options: argparse.Namespace) -> None:
 
     folder = RunFolder(options.run)
     folder.config()
-    _complete_baseline(folder)
-    _completed(folder, asked=True)
+    _complete_baseline(folder, options.trust)
+    _completed(folder, options.trust, asked=True)
 
 
 def ui(options: argparse.Namespace) -> None:
     """`popmtl ui`: serves a run's tracking database and prints where to look; ends with Ctrl-C."""
     from popmtl.runs.folder import RunFolder
+    from popmtl.runs.trust import with_credentials
     from popmtl.tracking.links import HOME, is_served, links
     from popmtl.tracking.mlflow_sink import location_of
     from popmtl.tracking.server import server
@@ -522,13 +555,13 @@ def ui(options: argparse.Namespace) -> None:
     if options.run:
         folder = RunFolder(options.run)
         folder.config()
-        location = location_of(folder)
+        location = location_of(folder, trust=options.trust)
         if location is None:
             raise RequestError(f"{folder.location}: MLflow has nothing of this run yet; popmtl track sends it")
         if is_served(location.uri):
             print("\n".join(links(location)))
             return
-        database = location.uri
+        database = with_credentials(location.uri)
     else:
         path = Path(options.storage or "runs").resolve() / "mlflow.db"
         if not path.exists():
@@ -574,6 +607,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_from(command)
     command.add_argument("--export", metavar="DIR", help="write weights, torch.export program and model card there")
+    _add_trust(command)
     command.add_argument("--json", action="store_true", help="print the choice as JSON and nothing else")
     command.set_defaults(call=pick)
     command = commands.add_parser("compare", help="compare the fronts of finished runs")
@@ -586,11 +620,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(call=verify)
     command = commands.add_parser("track", help="send what MLflow has not got of a run, which waits in its folder")
     command.add_argument("run", metavar="RUN", help="folder of the run")
+    _add_trust(command)
     command.set_defaults(call=track)
     command = commands.add_parser("ui", help="serve MLflow to this machine's browsers, and print where to look")
     command.add_argument("run", nargs="?", metavar="RUN", help="path or URL of the run's folder; default: all runs")
     command.add_argument("--storage", help="folder that holds the runs, where no RUN is given; default: ./runs")
     command.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    _add_trust(command)
     command.set_defaults(call=ui)
     command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume the run's own if absent")
@@ -610,6 +646,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="write a torch profiler's trace of so many MTGD steps of actor 0 to the run's folder; default: 20",
     )
+    _add_trust(command)
     command.set_defaults(call=train)
     _add_job_commands(commands)
     return parser
@@ -647,6 +684,7 @@ def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     command.add_argument("--storage", help="path that the cluster's machines share, or URL; default: the config's")
     command.add_argument("--resume", metavar="RUN", help="go on with the run at this path or URL")
+    _add_trust(command)
     command.set_defaults(call=submit)
     command = commands.add_parser("status", parents=[address], help="show the runs among a Ray cluster's jobs")
     command.add_argument("job", nargs="?", metavar="JOB", help="one of them, with its last lines")
@@ -654,6 +692,14 @@ def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command = commands.add_parser("stop", parents=[address], help="interrupt a run that was submitted")
     command.add_argument("job", metavar="JOB", help="see popmtl status")
     command.set_defaults(call=stop)
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the code and use the servers that the run's folder names, though you did not make it here",
+    )
 
 
 def _add_from(command: argparse.ArgumentParser) -> None:

@@ -307,6 +307,8 @@ def test_a_resume_with_a_config_that_was_edited_in_the_run_folder_is_refused(ear
     config = earlier.path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 7").replace("strength: 0.5", "strength: 0.4"))
     assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
+    assert "or its config was changed" in capsys.readouterr().err
+    assert main(["train", "--resume", str(earlier.path), "--trust"]) == BAD_REQUEST
     err = capsys.readouterr().err
     assert "seed: 0 in the checkpoint, 7 now" in err
     assert "transfer.strength: 0.5 in the checkpoint, 0.4 now" in err

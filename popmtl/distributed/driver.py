@@ -16,9 +16,11 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.job_config import JobConfig
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from popmtl import modules
 from popmtl.distributed.coordinator import Coordinator, describe_failure
 from popmtl.distributed.crew import group_prefix, nodes_now
 from popmtl.distributed.placement import Nodes
@@ -48,14 +50,23 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray gives its workers a low priority (15): beside any other busy process, training would all but stop.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Workers import the user's problem from where the command was given, as the driver does.
+    # Workers import modules from where the driver does, in the same order.
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
     # Ray hands the interpreter to a shell as it is; without quotes, a space in its path starts no worker at all.
     environment["py_executable"] = shlex.quote(sys.executable)
     try:
         if address:
             _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                job_config=_Job(),
+                runtime_env={
+                    "env_vars": {modules.FOLDERS: modules.folders()},
+                    "worker_process_setup_hook": "popmtl.modules.look_in_folders",
+                },
+            )
         else:
             ray.init(
                 address="local",  # without it, Ray joins a cluster that it finds running on this machine
@@ -63,6 +74,7 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
+                job_config=_Job(),
                 runtime_env=environment,
             )
     except (OSError, ValueError, RuntimeError) as error:
@@ -73,6 +85,18 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
         yield nodes_now()
     finally:
         ray.shutdown()
+
+
+class _Job(JobConfig):
+    """Ray would have workers take modules from the current folder before those that are installed."""
+
+    @property
+    def _py_driver_sys_path(self) -> list[str]:
+        return []
+
+    @_py_driver_sys_path.setter
+    def _py_driver_sys_path(self, folders: list[str]) -> None:
+        """Leaves it empty."""
 
 
 def _knock(address: str) -> None:

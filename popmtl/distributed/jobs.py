@@ -21,6 +21,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from popmtl import __version__
 from popmtl.errors import RequestError, RunError
+from popmtl.runs.trust import without_credentials
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ class Jobs:
             RequestError: there is a job of this id already, or the folder cannot be shipped.
         """
         job = re.sub(r"[^\w.-]+", "-", job)
-        environment = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+        environment = {name: without_credentials(os.environ[name]) for name in FORWARDED if os.environ.get(name)}
         environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_SECONDS)
         environment["PYTHONUNBUFFERED"] = "1"
         command = ["python", "-m", "popmtl", "train", *arguments, "--address", "auto"]

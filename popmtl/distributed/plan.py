@@ -186,8 +186,10 @@ class RunPlan:
         """Bytes of one more row in an actor: parameters, gradient, the optimizer's memory, own buffers, and mixing."""
         itemsize, rehearsal = self.recipe.dtype.itemsize, self.rehearsal
         mixing = self.width * (2 if self.recipe.mix_moments else 1)  # displacements, and what is put together
-        if self.transport.name == "coordinator":
-            mixing += self.width
+        if self.transport.name == "coordinator" or (
+            self.recipe.order == "consensus" and self.transport.name in ("shared_memory", "collective")
+        ):
+            mixing += self.width  # what is on its way, or the rows as they were before the step
         return (2 * self.parameters + mixing) * itemsize + rehearsal.memory_bytes + rehearsal.own_bytes
 
     def memory_per_actor(self) -> int:
@@ -506,7 +508,8 @@ def _transport(
 ) -> Transport:
     layout = rehearsal.layout
     width = _width(recipe, layout.transferring)
-    shared = shared_bytes(subproblems, layout.size, width, recipe.dtype.itemsize, recipe.mix_moments)
+    length = width if recipe.order == "consensus" else layout.size
+    shared = shared_bytes(subproblems, length, width, recipe.dtype.itemsize, recipe.mix_moments)
     name, why = choose_transport(config.transfer.transport, placement, shared)
     overlap, bucket_bytes = choose_overlap(name, recipe, rehearsal)
     return Transport(name, why, overlap, bucket_bytes)

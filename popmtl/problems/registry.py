@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from popmtl import modules
 from popmtl.errors import RequestError, nearest
 from popmtl.method.problem import Problem
+
+logger = logging.getLogger(__name__)
 
 BUILT_IN = {
     "aligned_toy": "popmtl.problems.aligned_toy:AlignedToy",
@@ -52,27 +56,31 @@ def _find_class(name: str) -> type[Problem]:
             f"there is no built-in problem {name!r}; there are {', '.join(BUILT_IN)}, and your own as "
             f"package.module:Class{nearest(name, BUILT_IN)}"
         )
+    other = modules.passed_over(module_name)
+    note = f"; it is {modules.located(module_name)}, which is installed, and not {other}: rename yours" if other else ""
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # A module that is there may lack one that it imports; only the error's name tells the two apart.
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise RequestError(f"problem {name}: there is no module {error.name!r} on Python's path") from error
-        raise RequestError(f"problem {name}: importing {module_name} failed: {error}") from error
+        raise RequestError(f"problem {name}: importing {module_name} failed: {error}{note}") from error
     except Exception as error:
         raise RequestError(
-            f"problem {name}: importing {module_name} failed: {type(error).__name__}: {error}"
+            f"problem {name}: importing {module_name} failed: {type(error).__name__}: {error}{note}"
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
         raise RequestError(
-            f"problem {name}: module {module_name} has no {class_name!r}{nearest(class_name, vars(module))}"
+            f"problem {name}: module {module_name} has no {class_name!r}{note or nearest(class_name, vars(module))}"
         )
     if not (inspect.isclass(found) and issubclass(found, Problem)):
-        raise RequestError(f"problem {name}: {class_name} is not a subclass of popmtl.problems.Problem")
+        raise RequestError(f"problem {name}: {class_name} is not a subclass of popmtl.problems.Problem{note}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise RequestError(f"problem {name}: {class_name} does not define {missing}")
+    if note:
+        logger.warning("problem %s%s", name, note)
     return found
 
 

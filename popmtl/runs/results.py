@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
+from popmtl.runs.trust import admit
+
+logger = logging.getLogger(__name__)
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -107,9 +111,11 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_model(
-    run_folder: str | Path, subproblem: int, checkpoint: str | None = None, *, best: bool = False
+    run_folder: str | Path, subproblem: int, checkpoint: str | None = None, *, best: bool = False, trust: bool = False
 ) -> nn.Module:
     """A trained member of a run's Pareto set, on the CPU and in evaluation mode.
+
+    This imports and runs the problem's module, from where it was when the run was made.
 
     Args:
         run_folder: the run's folder, a path or a URL.
@@ -118,13 +124,14 @@ def load_model(
             the result.
         best: take the result of the evaluation with the largest validation hypervolume (`front.best`), and not of the
             run's end.
+        trust: whether you trust who made the folder, where it was not you on this machine; see `popmtl.runs.trust`.
 
     Returns:
         The model that the run's problem builds, with the member's weights.
 
     Raises:
-        RequestError: the folder is no run's, the member has no weights there, or they do not fit the model that
-            the problem builds now.
+        RequestError: the folder is no run's, or a stranger's, the member has no weights there, or they do not fit the
+            model that the problem builds now.
     """
     # Here and not above: reading a front needs no problem.
     from popmtl.method.flat import Layout
@@ -135,6 +142,8 @@ def load_model(
     config = folder.config()
     parameters = dict(config["problem"])
     name = parameters.pop("name")
+    for change in admit(folder, str(name), trust, "trust=True", logger.info):
+        logger.warning(change)
     problem = load_problem(name, parameters)
     place = BEST if best else LAST
     file = f"{place}/{model_file(subproblem)}"
