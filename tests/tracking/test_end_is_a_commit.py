@@ -173,7 +173,7 @@ def test_a_death_after_the_last_step_is_mended(death, plain, tmp_path, capsys):
 def test_a_death_at_any_instant_after_the_last_step_is_mended(death, modelled, tmp_path, first, capsys):
     died_at = die_everywhere(death, modelled, tmp_path, itertools.count(first, 2), capsys)
     print(f"{len(died_at)} instants: {Counter(what.split()[0] for what in died_at.values())}")
-    assert len(died_at) > 50
+    assert len(died_at) > 30
 
 
 @pytest.mark.parametrize("number", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (8, 14, 30))])

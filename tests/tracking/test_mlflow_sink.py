@@ -275,8 +275,7 @@ def test_an_estimated_hypervolume_has_its_error_and_a_tag(logged, storage):
     sink = MlflowSink.open(Settings(experiment="estimated"), folder, {}, OBJECTIVES, WEIGHTS, STEPS)
     sink.log_evaluation(1, 0.5, 1, np.zeros((3, 2)), hypervolume_error=0.01)
     write_front(folder, replace(front, best=True))
-    sink.log_best_front()
-    sink.log_front(replace(front, hypervolume_error=0.02), "none")
+    sink.log_end(replace(front, hypervolume_error=0.02), "none")
     assert sink.close("FINISHED", timeout=60) == []
     run = logged.client.get_run(sink.location.run_id)
     assert (run.data.metrics["hypervolume"], run.data.metrics["hypervolume_error"]) == (0.5, 0.01)
