@@ -190,3 +190,29 @@ def test_the_current_folder_goes_to_the_end_of_the_path(tmp_path, monkeypatch):
     sys.path[:] = [str(tmp_path), "lib"]
     modules.look_in_folders()
     assert sys.path == ["lib", str(tmp_path / "a"), str(tmp_path), str(tmp_path / "b")]
+
+
+HEAD = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+print("address", cluster.address, flush=True)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_cluster_that_is_joined_take_none_and_find_the_users(trap, tmp_path):
+    folder, sprung = trap
+    config = write_own(folder / "deep", "own_problem_j")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(Path(modules.__file__).parents[1])}
+    head = subprocess.Popen([sys.executable, "-c", HEAD], cwd=tmp_path, env=environment, **pipes)
+    try:
+        address = next(line.split()[1] for line in head.stdout if line.startswith("address"))
+        run = ("--address", address, "--run-name", "r", "tracking.enabled=false")
+        done = popmtl("train", config.relative_to(folder), *run, cwd=folder, timeout=300)
+    finally:
+        head.communicate("\n", timeout=60)
+    assert (done.returncode, sprung()) == (OK, []), done.stderr
