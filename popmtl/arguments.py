@@ -6,11 +6,10 @@ import argparse
 import re
 from typing import NoReturn
 
-from popmtl.text import cut, printable, shown
+from popmtl.text import cut, is_place, printable, shown
 
 LONGEST_MESSAGE = 4000
-LONGEST_PATH = 4000
-"""Bytes of a path or a name, somewhat less than systems take; an override may be longer."""
+NO_PLACES = ("overrides", "where", "best")
 
 _HOST = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,252})"
 _RAY = re.compile(rf"(ray://)?({_HOST}|\[[0-9A-Fa-f:.]{{2,45}}\]):([0-9]{{1,5}})")
@@ -39,8 +38,8 @@ def check_texts(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
                 parser.error(f"{name}: is empty")
             if "\0" in text or not _is_utf8(text):
                 parser.error(f"{name}: {shown(text)} is not UTF-8 text")
-            if key not in ("overrides", "where") and "=" not in text and len(text.encode()) > LONGEST_PATH:
-                parser.error(f"{name}: {shown(text)} is too long")
+            if key not in NO_PLACES and not (key == "config" and "=" in text) and not is_place(text):
+                parser.error(f"{name}: {shown(text)} is too long, or too deep")
 
 
 def _is_utf8(text: str) -> bool:

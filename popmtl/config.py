@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -41,7 +42,7 @@ from popmtl.method.mtgd import ORDERS, PRECISIONS
 from popmtl.method.reseeding import MAX_RESEEDS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
 from popmtl.method.transfer import KERNELS, SCHEDULES
-from popmtl.text import cut, is_printable, shown
+from popmtl.text import cut, is_place, is_printable, shown
 from popmtl.yaml_files import DEEPEST, read_yaml, read_yaml_file
 
 __all__ = [
@@ -75,9 +76,17 @@ __all__ = [
     "with_defaults",
 ]
 
+
+def _place(text: str) -> str:
+    if not is_place(text):
+        raise ValueError("the path is too long, or too deep")
+    return text
+
+
 Steps = Annotated[Whole, Field(ge=0)]
 """So many that they cannot be held, the plan refuses, which knows what they take."""
 Text = Annotated[str, Field(min_length=1)]
+Place = Annotated[Text, AfterValidator(_place)]
 Seconds = Annotated[Number, Field(gt=0, le=1e7)]
 
 MOST_ACCUMULATED = 10_000
@@ -191,7 +200,7 @@ class TransferConfig(Section):
     width: Annotated[Number, Field(gt=0)] = 0.3
     nearest: Annotated[Count, Field(ge=1)] = 2
     strength: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    matrix: Text | None = None
+    matrix: Place | None = None
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
     final: Annotated[Number, Field(ge=0, le=1)] = 0.0
     until: Annotated[Number, Field(gt=0, le=1)] = 0.3
@@ -313,8 +322,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
-    baseline: Text | None = None
-    storage: Text = "runs"
+    baseline: Place | None = None
+    storage: Place = "runs"
     seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
 
     @field_validator("problem", mode="before")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from typing import Any
 
@@ -25,6 +26,12 @@ def printable(text: str, keep: str = "") -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in keep or is_printable(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def is_place(text: str) -> bool:
+    """Whether a system can take text for a path: not too long, not too deep, and no name in it too long."""
+    parts = text.split("/")
+    return len(text) <= 4000 and len(parts) <= 200 and all(len(os.fsencode(part)) <= 255 for part in parts)
 
 
 def shown(value: Any, most: int = LONGEST_SHOWN) -> str:

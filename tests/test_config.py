@@ -153,6 +153,8 @@ def test_all_other_keys_of_the_problem_are_its_parameters(load):
         ("train: {gradient: {name: aligned_mtl, scale: true}}", "train.gradient", "scale: must be a finite number"),
         ("'[x': 1", "[x", "unknown key"),
         ("storage: ''", "storage", "at least 1 character"),
+        ("storage: " + "a/" * 1000, "storage", "too long, or too deep"),
+        ("baseline: " + "a" * 300, "baseline", "too long, or too deep"),
         ("storage: 3", "storage", "valid string, not 3"),
     ],
 )

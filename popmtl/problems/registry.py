@@ -67,7 +67,7 @@ def _find_class(name: str) -> type[Problem]:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise RequestError(f"problem {name}: there is no module {error.name!r} on Python's path") from error
         raise RequestError(f"problem {name}: importing {module_name} failed: {error}{note}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RequestError(
             f"problem {name}: importing {module_name} failed: {type(error).__name__}: {error}{note}"
         ) from error
