@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
@@ -10,20 +9,22 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from popmtl.distributed import session
 from popmtl.distributed.coordinator import Coordinator, describe_failure
 from popmtl.distributed.crew import group_prefix, nodes_now
 from popmtl.distributed.placement import Nodes
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.progress import Progress, Report
+from popmtl.distributed.session import RayDied
 from popmtl.errors import RequestError, RunError
 from popmtl.runs.storage import split
 
@@ -52,27 +53,19 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
     # Ray hands the interpreter to a shell as it is; without quotes, a space in its path starts no worker at all.
     environment["py_executable"] = shlex.quote(sys.executable)
-    try:
-        if address:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local",  # without it, Ray joins a cluster that it finds running on this machine
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env=environment,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        if address:
-            raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
-        raise RunError(f"Ray did not start on this machine: {error}") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            if address:
+                _knock(address)
+                stack.enter_context(session.session(address))
+            else:
+                options = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": environment}
+                stack.enter_context(session.session(None, **options))
+        except (OSError, ValueError, RuntimeError) as error:
+            if address:
+                raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
+            raise RunError(f"Ray did not start on this machine: {error}") from error
         yield nodes_now()
-    finally:
-        ray.shutdown()
 
 
 def _knock(address: str) -> None:
@@ -102,9 +95,11 @@ def run(
         profile: steps to write a trace of; None for none.
 
     Raises:
-        RunError: the run failed.
+        RunError: the run failed; of the kind RayDied where Ray itself did, and the run had not ended before.
         KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
     """
+    goes_on = f"popmtl train --resume {shlex.quote(os.fspath(folder))} goes on with the run"
+    session.advise(goes_on)
     # Ray places what takes no resources anywhere, and a soft affinity too: beside the driver, the loss of another node
     # cannot take the coordinator along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -112,23 +107,43 @@ def run(
     options = {"num_cpus": 0, "scheduling_strategy": here, "name": name}
     coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes, profile)
     ending = coordinator.run.remote()
+    report: Report
     try:
         with _signals_interrupt() as check:
             limit = plan.config.resources.start_timeout + plan.config.resources.chunk_timeout
             _watch(coordinator, ending, limit, show, check)
-            report: Report = ray.get(ending)
-            return report
+            report = ray.get(ending)
     except KeyboardInterrupt:
-        coordinator.stop.remote()
-        ray.wait([ending], timeout=STOP_SECONDS)
+        _stop(coordinator, ending)
+        raise
+    except RayDied:
+        # Calls go from process to process: the coordinator can be heard without the rest of Ray.
+        if not _stop(coordinator, ending):
+            raise
+        with suppress(RayError):
+            report = ray.get(ending)
+            return report
         raise
     except RayTaskError as error:
         raise RunError(describe_failure(error)) from error
-    except RayActorError as error:
+    except RayError as error:
+        session.check(now=True)
         _remove_groups(group_prefix(coordinator._actor_id.hex()))
-        raise RunError(f"the coordinator died: {error}") from error
+        raise RunError(f"the coordinator died: {_in_short(error)}; {goes_on}") from error
     finally:
         ray.kill(coordinator)
+    return report
+
+
+def _stop(coordinator: Any, ending: Any) -> bool:
+    """Has the coordinator end its run as interrupted; whether it did in time, or had ended."""
+    coordinator.stop.remote()
+    return bool(ray.wait([ending], timeout=STOP_SECONDS)[0])
+
+
+def _in_short(error: RayError) -> str:
+    """What Ray says of a death, in one line and without the numbers of its processes."""
+    return " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
 
 
 def _remove_groups(prefix: str) -> None:
@@ -146,6 +161,7 @@ def _watch(
     asked, answered = coordinator.progress.remote(), time.monotonic()
     while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
         check()
+        session.check()
         if ray.wait([asked], timeout=0)[0]:
             show(ray.get(asked))
             asked, answered = coordinator.progress.remote(), time.monotonic()
