@@ -63,7 +63,8 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
                 stack.enter_context(session.session(None, **options))
         except (OSError, ValueError, RuntimeError) as error:
             if address:
-                raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
+                token = "" if os.environ.get("RAY_AUTH_MODE") else " (if it asks for a token: RAY_AUTH_MODE=token)"
+                raise RequestError(f"--address {address}: no Ray cluster answers there: {error}{token}") from error
             raise RunError(f"Ray did not start on this machine: {error}") from error
         yield nodes_now()
 

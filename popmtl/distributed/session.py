@@ -138,8 +138,7 @@ def session(address: str | None, **options: Any) -> Iterator[None]:
             # Where it takes it that there can be clusters, Ray has every node listen at all addresses of its machine.
             stack.enter_context(_set(ray_constants, "ENABLE_RAY_CLUSTER", False))
             options["_node_ip_address"] = LOOPBACK
-            os.environ[MARK] = mark
-            stack.callback(os.environ.pop, MARK)
+            stack.enter_context(_environment(MARK, mark))
         # Without "local", Ray joins a cluster that it finds running on this machine.
         try:
             context = ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -250,6 +249,15 @@ def _set(module: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _remove(folder: Path) -> None:
