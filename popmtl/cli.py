@@ -19,12 +19,16 @@ from popmtl.errors import RequestError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from popmtl.config import Config
     from popmtl.distributed.placement import Nodes
     from popmtl.distributed.plan import RunPlan
     from popmtl.runs.baseline import SingleTask
     from popmtl.runs.folder import RunFolder
 
 OK, FAILED, BAD_REQUEST, INTERRUPTED = 0, 1, 2, 130
+COORDINATOR_SECONDS = 120.0
+"""How long a coordinator that outlived its driver is waited for, where no setting says."""
+
 LAST_LINES = 20
 """Of a job's output, that `popmtl status` shows."""
 
@@ -74,8 +78,17 @@ def train(options: argparse.Namespace) -> None:
     if options.resume:
         _take_config_for_override(options)
         folder = RunFolder(options.resume)
-        config = resumed_config(folder.config(), options.config, options.overrides)
-        _refuse_finished(folder)
+        if folder.lacks_config():
+            if not options.config:
+                raise RequestError(
+                    f"{folder.location} has no config.yaml: its process was killed as it made it; give CONFIG, too"
+                )
+            config = load_config(options.config, options.overrides)
+        else:
+            config = resumed_config(folder.config(), options.config, options.overrides)
+            if folder.has_front():
+                _complete_front(folder, config, options)
+                return
         config = config.model_copy(update={"storage": split(folder.location)[0]})
         name = folder.name
     else:
@@ -107,13 +120,14 @@ def train(options: argparse.Namespace) -> None:
         if options.resume:
             damaged: list[str] = []
             with folder.held(COORDINATOR_LOCK, wait=config.resources.start_timeout):  # of a run that was just killed
-                _refuse_finished(folder)
+                if folder.has_front():  # by now
+                    raise RequestError(_has_front(folder))
                 # Behind a URL the contents are read once, by the actors.
                 contents = folder.files.path is not None
                 checkpoint = find_checkpoint(folder, plan, damaged.append, contents=contents)
             print_warnings(console, [f"damaged checkpoint, passed over: {what}" for what in damaged])
             begins = f" goes on from {checkpoint[0]}" if checkpoint else " has no checkpoint: starts from the beginning"
-        folder.write_config(config.resolved())
+        folder.write_config(config.resolved(), new=not options.resume or folder.lacks_config())
         console.print(f"run {folder.location}{begins}", highlight=False, soft_wrap=True)
         if plan.transfers:
             console.print(f"transport {plan.transport.name}: {plan.transport.why}", highlight=False, soft_wrap=True)
@@ -162,11 +176,11 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
         RunError: the training failed.
     """
     from popmtl.config import Config, decisive, single_task
-    from popmtl.display import ProgressLine
+    from popmtl.display import ProgressLine, print_warnings
     from popmtl.distributed import driver
     from popmtl.distributed.plan import make_plan
     from popmtl.runs.baseline import baseline_name, single_task_figures
-    from popmtl.runs.folder import RunFolder
+    from popmtl.runs.folder import RunFolder, last_word
     from popmtl.runs.storage import joined
 
     config = single_task(plan.config, len(plan.objectives))
@@ -177,14 +191,17 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
     resumes = beside.files.entry("config.yaml") is not None
     if resumes and decisive(Config.model_validate(beside.config())) != decisive(config):
         raise RequestError(f"{beside.location}: is of another config than this run's baseline; move it away")
-    if not beside.files.entry("pareto/front.json"):
+    if not beside.has_front():
         if not resumes:
             beside = RunFolder.create(config.storage, own)
         with beside.held():
-            beside.write_config(config.resolved())
+            beside.write_config(config.resolved(), new=not resumes)
             console.print(f"baseline {beside.location}", highlight=False, soft_wrap=True)
             with ProgressLine(console) as line:
-                driver.run(make_plan(config, nodes), beside.location, name, line.show, resumes=resumes)
+                report = driver.run(make_plan(config, nodes), beside.location, name, line.show, resumes=resumes)
+        print_warnings(console, [f"MLflow: {complaint}" for complaint in report.complaints])
+    elif last_word(beside) != "finished":
+        _completed(beside)
     return single_task_figures(beside, plan.objectives, plan.tasks)
 
 
@@ -267,11 +284,69 @@ def _take_config_for_override(options: argparse.Namespace) -> None:
         options.config, options.overrides = None, [options.config, *options.overrides]
 
 
-def _refuse_finished(folder: RunFolder) -> None:
-    if folder.files.entry("pareto/front.json"):
-        raise RequestError(
-            f"{folder.location}: this run has finished; popmtl track sends what MLflow has not got of it"
-        )
+def _complete_front(folder: RunFolder, config: Config, options: argparse.Namespace) -> None:
+    """`popmtl train --resume` of a run that has its front: brings what is lacking of its end, without Ray.
+
+    Raises:
+        RequestError: nothing is, or the request changes what comes before the front.
+        RunError: MLflow has not taken everything.
+    """
+    from popmtl.config import Config
+    from popmtl.runs.folder import last_word
+
+    if last_word(folder) == "finished":
+        raise RequestError(f"{folder.location}: this run has finished")
+    own = Config.model_validate(folder.config())
+    if (config.train, config.fine_tune, config.tracking) != (own.train, own.fine_tune, own.tracking):
+        raise RequestError(f"{_has_front(folder)}; train, fine_tune and tracking cannot change any more")
+    if options.dry_run:
+        print(_has_front(folder))
+        return
+    _complete_baseline(folder)
+    _completed(folder)
+
+
+def _has_front(folder: RunFolder) -> str:
+    command = f"popmtl train --resume {shlex.quote(folder.location)}"
+    return f"{folder.location} has its front, and may lack what comes after it: {command} brings it"
+
+
+def _complete_baseline(folder: RunFolder) -> None:
+    """Brings what is lacking of the single-task models' run beside a run, where there is one that has its front."""
+    from popmtl.runs.baseline import SINGLE_TASK, baseline_name
+    from popmtl.runs.folder import RunFolder, last_word
+    from popmtl.runs.storage import joined, split
+
+    if folder.config().get("baseline") == SINGLE_TASK:
+        beside = RunFolder(joined(split(folder.location)[0], baseline_name(folder.name)))
+        if beside.has_front() and last_word(beside) != "finished":
+            _completed(beside)
+
+
+def _completed(folder: RunFolder, *, asked: bool = False) -> None:
+    """Brings what is lacking of a run's end, and says where it is in MLflow.
+
+    Args:
+        folder: the run's.
+        asked: for what MLflow has not got; also of a run without a front, and not of one that was never tracked.
+
+    Raises:
+        RequestError: another process works on the run, it was never tracked, or its front.json is damaged.
+        RunError: MLflow has not taken everything.
+    """
+    from popmtl.runs.folder import COORDINATOR_LOCK
+    from popmtl.tracking.ending import complete, complete_front, is_tracked
+    from popmtl.tracking.links import where_to_look
+
+    # The coordinator of a driver that was killed goes on for some seconds.
+    with folder.held(), folder.held(COORDINATOR_LOCK, wait=COORDINATOR_SECONDS):
+        ended = complete(folder) if asked or is_tracked(folder) else complete_front(folder, None)
+    if ended.location:
+        print("\n".join(where_to_look(ended.location, folder.location)))
+    if not ended.complete:
+        raise RunError("MLflow: " + "; ".join(ended.complaints))
+    for complaint in ended.complaints:
+        print(f"popmtl: warning: MLflow: {complaint}", file=sys.stderr)
 
 
 def runs(options: argparse.Namespace) -> None:
@@ -386,6 +461,7 @@ def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None
     if path.suffix != ".png":
         raise RequestError(f"--plot {options.plot}: the picture is a PNG: give a file that ends in .png")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as beside, beside.open("wb") as file:
             draw(file)
     except OSError as error:
@@ -428,17 +504,11 @@ def _reading(location: str) -> Iterator[None]:
 def track(options: argparse.Namespace) -> None:
     """`popmtl track`: sends what MLflow has not got of a run."""
     from popmtl.runs.folder import RunFolder
-    from popmtl.tracking.links import where_to_look
-    from popmtl.tracking.mlflow_sink import send_rest
 
     folder = RunFolder(options.run)
     folder.config()
-    with folder.held():
-        location, messages = send_rest(folder)
-    if location:
-        print("\n".join(where_to_look(location, folder.location)))
-    if messages:
-        raise RunError("MLflow: " + "; ".join(messages))
+    _complete_baseline(folder)
+    _completed(folder, asked=True)
 
 
 def ui(options: argparse.Namespace) -> None:

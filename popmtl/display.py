@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -270,12 +271,17 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
     table = _table()
     for name in ("run", "state", "step", "hypervolume"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
-    for folder, state in zip(folders, states(folders), strict=True):
+    found = states(folders)
+    for folder, state in zip(folders, found, strict=True):
         last: dict[str, Any] = next(reversed(folder.metrics()), {})
         figure = last.get("hypervolume")
         shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure else ""
         table.add_row(folder.name, state, str(last.get("step", "")), shown)
     console.print(table)
+    for folder, state in zip(folders, found, strict=True):
+        if state == "incomplete":
+            command = f"popmtl train --resume {shlex.quote(folder.location)}"
+            console.print(f"{command} brings what its end lacks", highlight=False, soft_wrap=True, markup=False)
 
 
 def print_jobs(console: Console, jobs: Sequence[JobDetails]) -> None:

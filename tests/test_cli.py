@@ -276,6 +276,7 @@ def test_what_cannot_be_resumed_is_said(earlier, no_ray, capsys, tmp_path):
     assert "this run is being worked on by another process" in capsys.readouterr().err
     earlier.pareto.mkdir()
     (earlier.pareto / "front.json").write_text("{}")
+    earlier.append_event("finished")
     assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
     assert "this run has finished" in capsys.readouterr().err
     assert main(["train"]) == BAD_REQUEST

@@ -64,6 +64,7 @@ from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import BEST, LAST, Figures, Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
+from popmtl.tracking.ending import conclude
 from popmtl.tracking.mlflow_sink import MlflowSink, Status
 
 STABILITY_METRICS: dict[str, Direction] = {
@@ -79,6 +80,9 @@ REPLAY_SECONDS = 5.0
 
 ROOM_SECONDS = 10.0
 """How long a run that lost a node waits for another with as much room, before it goes on with fewer actors."""
+
+LOOK_SECONDS = 5.0
+"""Between two looks at the run's folder. One that is gone at two in a row is not waited for, as a full disk is."""
 
 CLOSE_SECONDS = 5.0
 """How long an interrupted or failed run waits for MLflow, and a failed one for its last checkpoint."""
@@ -109,6 +113,7 @@ class Coordinator:
         self.now = Progress("starting", 0, 0)
         self.started: Crew | None = None
         self.sink: MlflowSink | None = None
+        self.vanished: str | None = None
         self.task: asyncio.Task[Report] | None = None
 
     def __repr__(self) -> str:
@@ -137,6 +142,7 @@ class Coordinator:
         with ExitStack() as alone:
             await asyncio.to_thread(alone.enter_context, held)
             alone.callback(asyncio.ensure_future(self.metrics.repeat()).cancel)
+            alone.callback(asyncio.ensure_future(self._watch_folder()).cancel)
             return await self._run()
 
     async def _run(self) -> Report:
@@ -146,6 +152,10 @@ class Coordinator:
         try:
             report = await self.task
         except asyncio.CancelledError:
+            if self.vanished:
+                self.folder.append_event("failed", step=self.course.step, error=self.vanished)
+                await self._end("FAILED", CLOSE_SECONDS)
+                raise RunError(self.vanished) from None
             self.folder.append_event("interrupted", step=self.course.step)
             await self._end("KILLED", CLOSE_SECONDS)
             raise
@@ -159,12 +169,23 @@ class Coordinator:
             self.folder.append_event("failed", step=self.course.step, error=reason, traceback=where)
             await self._end("FAILED", CLOSE_SECONDS)
             raise RunError(reason) from None
-        complaints = await self._end("FINISHED")
-        front = report.front
-        figures = {"hypervolume": front.hypervolume, "hypervolume_error": front.hypervolume_error}
-        self.folder.append_event("finished", **figures, tracking=complaints)
-        location = self.sink.location if self.sink else None
-        return replace(report, location=location, complaints=complaints, unwritten=self._unwritten())
+        self._release()
+        ended = await asyncio.to_thread(
+            conclude, self.folder, report.front, self.sink, self.plan.config.tracking.models
+        )
+        unwritten = self._unwritten()
+        if gone := await asyncio.to_thread(self.folder.vanished):
+            raise RunError(gone)
+        return replace(report, location=ended.location, complaints=ended.complaints, unwritten=unwritten)
+
+    async def _watch_folder(self) -> None:
+        """Ends the run once its folder is gone: what it writes would be lost, or in the way of what comes back."""
+        before = gone = None
+        while not (before and gone):
+            await asyncio.sleep(LOOK_SECONDS)
+            before, gone = gone, await asyncio.to_thread(self.folder.vanished)
+        self.vanished = gone
+        await self.stop()
 
     def _unwritten(self) -> list[str]:
         """Writes the lines that wait; what is wrong, if they cannot be written."""
@@ -560,6 +581,9 @@ class Coordinator:
     async def _write_results(self, fine_tuned: Sequence[FineTuned]) -> Report:
         self._enter("writing results", 0)
         await self._commit(wait=True)
+        # What another process wrote here and did not come to the end of; the run may have gone on to other steps.
+        if await asyncio.to_thread(self.folder.files.children, LAST):
+            await asyncio.to_thread(self.folder.files.remove_folder, LAST)
         plan, course = self.plan, self.course
         evaluations = await self._evaluations("test")
         await self._write_models(course, LAST)
@@ -570,11 +594,11 @@ class Coordinator:
             try:
                 await self._write_best()
             except (ActorLost, RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
+                await asyncio.to_thread(self.folder.files.remove_folder, BEST)
                 self._event("no best front", step=course.best.step, why=describe_failure(error))
-        # Last: a reader takes the presence of front.json for the end of the run.
-        await asyncio.to_thread(write_front, self.folder, front)
         if self.sink:
-            self.sink.log_front(front, plan.config.tracking.models)
+            self.sink.log_rest()
+        await asyncio.to_thread(write_front, self.folder, front)  # from here on, see `ending`
         return Report(front, fine_tuned, None, ())
 
     async def _write_best(self) -> None:
@@ -598,8 +622,6 @@ class Coordinator:
             await self._write_models(then, BEST)
             front = replace(self._front(then, evaluations, validation, step, ()), best=True)
             await asyncio.to_thread(write_front, self.folder, front)
-            if self.sink:
-                self.sink.log_best_front()
             return
         self._event("no best front", step=step, why=why)
 
@@ -683,12 +705,12 @@ class Coordinator:
             found.append(Figures(objectives, metrics))
         return found
 
-    async def _end(self, status: Status, timeout: float | None = None) -> list[str]:
-        """Lets go of the actors and closes MLflow's runs; what could not be logged."""
+    async def _end(self, status: Status, timeout: float) -> None:
+        """Lets go of the actors and closes MLflow's runs."""
         self._release()
-        complaints = await asyncio.to_thread(self.sink.close, status, timeout) if self.sink else []
+        if self.sink:
+            await asyncio.to_thread(self.sink.close, status, timeout)
         self._unwritten()
-        return complaints
 
     def _event(self, kind: str, **details: Any) -> None:
         """Something that a user wants to know of: in the run folder, on the screen, and in MLflow."""

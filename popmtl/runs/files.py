@@ -18,9 +18,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to beside `path`, which it replaces when the block ends well, and only then.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: its folder is not there, or cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
         yield beside

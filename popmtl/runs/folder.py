@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +27,8 @@ from popmtl.runs.storage import Storage, joined, open_storage, said, split
 
 logger = logging.getLogger(__name__)
 
-ENDS = ("finished", "failed", "interrupted")
-"""Events that end a run."""
+ENDS = ("finished", "incomplete", "failed", "interrupted")
+"""Events that end a run; "incomplete" where it has its front, and MLflow not all of it."""
 
 LOCK, COORDINATOR_LOCK = ".lock", ".coordinator.lock"
 """See `RunFolder.held`."""
@@ -35,6 +37,11 @@ RETRY_SECONDS = 2.0
 """Until lines that could not be written are tried again."""
 
 PROBE = b"\0" * 4096
+
+BEGUN = re.compile(
+    r"\.(coordinator\.)?lock|\.probe-[0-9a-f]{8}|\.(\.lock|\.probe-[0-9a-f]{8}|config\.yaml)(\.[0-9a-f]{8})?\.part"
+)
+"""What may be in a run's folder before its config.yaml is."""
 
 
 class RunFolder:
@@ -62,7 +69,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, storage: str | os.PathLike[str], name: str) -> RunFolder:
-        """A new, empty folder for the run `name` in `storage`, which is made where it is missing.
+        """A new folder for the run `name` in `storage`, which is made where it is missing.
+
+        One that a process left which was killed before it wrote its config.yaml is taken over. Of several who do so at
+        once, or one that still goes on, the first to have it `held` gets it: see `write_config`.
 
         Raises:
             RequestError: the name is no plain folder name, a run of that name exists, or `storage` cannot be
@@ -75,7 +85,8 @@ class RunFolder:
         try:
             folder.files.make()
         except FileExistsError as error:
-            raise RequestError(f"{folder.location} exists already: give this run another --run-name") from error
+            if not folder._is_begun():
+                raise folder._exists() from error
         except NotADirectoryError as error:
             raise RequestError(f"storage {storage}: not a folder ({said(error)})") from error
         except OSError as error:
@@ -85,7 +96,9 @@ class RunFolder:
             folder.files.write(probe, PROBE)
             folder.files.remove(probe)
         except OSError as error:
-            folder.files.remove_folder("")
+            with suppress(OSError):
+                if not folder.files.children(""):  # nobody else has begun in it
+                    folder.files.remove_folder("")
             raise RequestError(f"storage {storage}: cannot be written to ({said(error)})") from error
         return folder
 
@@ -115,15 +128,21 @@ class RunFolder:
         """Where the front and its models are, in a local folder; see `path`."""
         return self.path / "pareto"
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
+    def write_config(self, config: Mapping[str, Any], *, new: bool = False) -> None:
         """Writes config.yaml: plain mappings, lists, strings and numbers only.
+
+        Args:
+            config: the settings.
+            new: of a run that begins here, in a folder that is `held`.
 
         Raises:
             yaml.representer.RepresenterError: the config holds something else.
-            RequestError: it cannot be written.
+            RequestError: it cannot be written; or another has begun the `new` run before.
         """
         content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
         try:
+            if new and self.files.entry("config.yaml"):
+                raise self._exists()
             self.write("config.yaml", content)
         except OSError as error:
             raise self._refusal("written to", error) from error
@@ -170,8 +189,40 @@ class RunFolder:
             yield
 
     def state(self) -> str:
-        """How the run stands: running, finished, failed or interrupted; or lost, if it ended without a word."""
+        """How the run stands; see `states`."""
         return states([self])[0]
+
+    def has_front(self) -> bool:
+        """Whether the run has come to its front: it is written last, after everything that it names."""
+        return self.files.entry(f"{LAST}/front.json") is not None
+
+    def lacks_config(self) -> bool:
+        """Whether this is the folder of a run whose config.yaml was not written, or is lost."""
+        if self.files.entry("config.yaml") or self.has_front():
+            return False
+        names = self.files.children("")
+        there = bool(names) or (self.files.path is not None and self.files.path.is_dir())
+        return "events.jsonl" in names or (there and self._is_begun())
+
+    def vanished(self) -> str | None:
+        """Why nothing can be written here any more: the folder of a run, or the right to write there, is gone.
+
+        None where it is there, or does not answer: that may pass, as a full disk may.
+        """
+        try:
+            if self.files.entry("config.yaml") is None:
+                storage, name = split(self.location)
+                return f"storage {storage}: the folder of run {name} is gone: removed, renamed, or no longer mounted"
+        except OSError:
+            return None
+        if self.files.path and not os.access(self.files.path, os.W_OK):
+            try:  # the answer of a remote disk may be a guess
+                self.files.write(probe := f".probe-{token_hex(4)}", b"")
+                self.files.remove(probe)
+            except OSError as error:
+                if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                    return f"storage {split(self.location)[0]}: can no longer be written to ({said(error)})"
+        return None
 
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details; an end flushes."""
@@ -307,6 +358,13 @@ class RunFolder:
             return _flock(self.files.path / lock)
         return lease(self.files) if lock == LOCK else nullcontext()
 
+    def _is_begun(self) -> bool:
+        """Whether nothing is here but what precedes config.yaml."""
+        return self.files.entry("") is None and all(map(BEGUN.fullmatch, self.files.children("")))
+
+    def _exists(self) -> RequestError:
+        return RequestError(f"{self.location} exists already: give this run another --run-name")
+
     def _refusal(self, what: str, error: OSError) -> RequestError:
         return RequestError(f"storage {split(self.location)[0]}: cannot be {what} ({said(error)})")
 
@@ -327,20 +385,26 @@ def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
 
 
 def states(folders: Sequence[RunFolder]) -> list[str]:
-    """How runs stand: running, finished, failed or interrupted; or lost, if one ended without a word.
+    """How runs stand: running, finished, incomplete, failed or interrupted; or lost, if one ended without a word.
+
+    Finished are those of which everything is there, in their folder and in MLflow; incomplete those that have their
+    front, and lack something that comes after it: `popmtl train --resume` brings it.
 
     Behind URLs it takes a while to see whether a process still works on a run: once, however many runs there are.
     """
     remote = [i for i, folder in enumerate(folders) if folder.files.path is None]
     running = dict(zip(remote, leased([folders[i].files for i in remote]), strict=True))
     return [
-        "running" if (running[i] if i in running else _is_flocked(folder.path)) else _last_word(folder)
+        "running" if (running[i] if i in running else _is_flocked(folder.path)) else last_word(folder)
         for i, folder in enumerate(folders)
     ]
 
 
-def _last_word(folder: RunFolder) -> str:
+def last_word(folder: RunFolder) -> str:
+    """How a run stands that no process works on; see `states`."""
     last = [event["kind"] for event in folder.events() if event["kind"] in (*ENDS, "started", "resumed")][-1:]
+    if last != ["finished"] and folder.has_front():
+        return "incomplete"
     return last[0] if last and last[0] in ENDS else "lost"
 
 

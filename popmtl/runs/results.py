@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from popmtl.runs.storage import said
 def write_front(folder: RunFolder, front: Front) -> None:
     """Writes front.json, front.csv, front.png and explorer.html into the front's folder, `pareto` or `pareto/best`.
 
+    front.json is the last: with that of `pareto` a run has its front, and can no longer go on from a checkpoint. So
+    everything that it is made of, and each line that was written before, is there by then.
+
     Raises:
         RunError: a file cannot be written.
     """
@@ -36,7 +40,8 @@ def write_front(folder: RunFolder, front: Front) -> None:
     title = f"{folder.name}, best evaluation" if front.best else folder.name
     page = explorer_page(front, title, hypervolumes(folder), Loading(folder.location))
     write_result(folder, f"{front.place}/explorer.html", page.encode())
-    # Last: a reader takes the presence of front.json for the end of the run.
+    with _must(folder.location):
+        folder.flush()
     write_result(folder, f"{front.place}/front.json", front.to_json().encode())
 
 
@@ -51,12 +56,17 @@ def write_result(folder: RunFolder, name: str, content: bytes) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    try:
+    with _must(folder.files.where(name)):
         folder.write(name, content)
+
+
+@contextmanager
+def _must(where: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(
-            f"{folder.files.where(name)} cannot be written ({said(error)}); when it can be, --resume goes on from the "
-            "last checkpoint"
+            f"{where} cannot be written ({said(error)}); when it can be, --resume goes on from the last checkpoint"
         ) from error
 
 

@@ -177,12 +177,11 @@ class LocalStorage(Storage):
         self.path.mkdir()
 
     def write(self, name: str, content: bytes) -> None:  # noqa: D102
-        with replacing(self.path / name) as beside:
+        with replacing(self._place(name)) as beside:
             beside.write_bytes(content)
 
     def append(self, name: str, lines: bytes) -> None:  # noqa: D102
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._place(name)
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
@@ -233,6 +232,14 @@ class LocalStorage(Storage):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def _place(self, name: str) -> Path:
+        """Where a file goes, in a folder that is there: made below this one, but never this one, which may be gone."""
+        folder = self.path
+        for part in Path(name).parts[:-1]:
+            folder /= part
+            folder.mkdir(exist_ok=True)
+        return self.path / name
 
 
 class RemoteStorage(Storage):

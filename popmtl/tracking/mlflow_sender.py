@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import math
+import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -492,7 +493,18 @@ def _one_creator(uri: str) -> Iterator[None]:
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(f".{database.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if not database.exists() and "?" not in uri:
+            _create(database)
         yield
+
+
+def _create(database: Path) -> None:
+    """Makes an empty database, whole or not at all: MLflow cannot go on with half of one, which a kill would leave."""
+    beside = database.with_name(f".{database.name}.new")
+    for left in (beside, beside.with_name(f"{beside.name}-journal")):
+        left.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
+    os.replace(beside, database)
 
 
 def _cut(value: str, length: int) -> str:

@@ -61,7 +61,8 @@ FIRST_PAUSE, CLOSING_PAUSE, LAST_PAUSE = 1.0, 2.0, 15.0
 TRIES = 5
 # Seconds between two writings of the cursor.
 SAVE_SECONDS = 1.0
-# Seconds that the end of a run waits for a MLflow that is away, and for one entry (a model is exported and uploaded).
+# Seconds that the end of a run waits for a MLflow that is away, or a full disk, and for one entry (a model is exported
+# and uploaded).
 AWAY_SECONDS, ENTRY_SECONDS = 30.0, 900.0
 
 
@@ -82,6 +83,7 @@ class MlflowSink:
 
     Attributes:
         uri: the tracking URI.
+        closed: what the journal that it goes on with was closed with; None if it was not, or has been opened again.
     """
 
     def __init__(self, folder: RunFolder, journal: Sequence[Entry], opening: Entry, steps: int) -> None:
@@ -94,8 +96,9 @@ class MlflowSink:
         self._curves, self._stability = _Curves(width, logged), _Curves(width, measured)
         self._events = [entry["what"] for entry in journal if entry["kind"] == "event"]
         self._messages: dict[str, None] = {}
+        self.closed: Status | None = journal[-1]["status"] if journal and journal[-1]["kind"] == "closing" else None
         self._closing, self._abandoned = threading.Event(), threading.Event()
-        self._away, self._unsaved = False, True
+        self._away, self._unkept, self._unsaved = False, False, True
         self._progress = self._saved = time.monotonic()
         self._drawn = {"training losses": self._saved, "stability": self._saved}
         # A daemon, so that a server that does not answer cannot keep the process from ending.
@@ -152,6 +155,7 @@ class MlflowSink:
             "changed": {k: v for k, v in params.items() if known.get(k, v) != v and k != "storage"},
         }
         sink = cls(folder, journal, opening, steps)
+        sink.closed = None
         sink._outbox.add("opening", opening)
         sink._outbox.add("file", {"name": "config.yaml"})
         sink._outbox.add("views", {})
@@ -159,6 +163,23 @@ class MlflowSink:
             sink.log_event("changed setting", f"{key} from {known[key]} to {value}")
         sink._thread.start()
         return sink
+
+    @classmethod
+    def reopen(cls, folder: RunFolder) -> MlflowSink:
+        """Goes on with the journal of a run that has ended, or was killed; nothing is sent before `close`.
+
+        Args:
+            folder: the run's, which no other process works in.
+
+        Raises:
+            RequestError: the run was never tracked.
+        """
+        return cls(folder, folder.lines(JOURNAL), _last_opening(folder), 0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether MLflow has taken every entry of the journal."""
+        return not len(self._outbox) and not self._outbox.sent.refused
 
     @property
     def location(self) -> Location | None:
@@ -245,10 +266,17 @@ class MlflowSink:
             self._outbox.add("picker", {"step": front.steps}, "picker")
         self._outbox.add("explorer", {}, "explorer")
 
-    def log_best_front(self) -> None:
-        """Logs the files of the front of the best evaluation, which have been written to the run's folder."""
-        for name in ("front.json", "front.csv", "front.png", "explorer.html"):
-            self._outbox.add("file", {"name": f"{BEST}/{name}", "place": BEST}, f"file {BEST}/{name}")
+    def log_end(self, front: Front, models: Models) -> None:
+        """Logs what a run's folder has at its end: see `log_front`; and the files of the best evaluation's front."""
+        if self._folder.files.entry(f"{BEST}/front.json"):
+            for name in ("front.json", "front.csv", "front.png", "explorer.html"):
+                self._outbox.add("file", {"name": f"{BEST}/{name}", "place": BEST}, f"file {BEST}/{name}")
+        self.log_front(front, models)
+
+    def log_rest(self) -> None:
+        """Logs the points of curves that were begun; nothing can bring them back when this process is gone."""
+        self._add_points("training losses", self._curves.rest())
+        self._add_points("stability", self._stability.rest())
 
     def close(self, status: Status, timeout: float | None = None) -> list[str]:
         """Sends what is left and ends the runs.
@@ -260,18 +288,17 @@ class MlflowSink:
         Returns:
             What went wrong since `open`, one message each; empty when all has been logged.
         """
-        self._add_points("training losses", self._curves.rest())
-        self._add_points("stability", self._stability.rest())
-        self._outbox.add("closing", {"status": status})
-        return self._finish(timeout)
-
-    def _finish(self, timeout: float | None) -> list[str]:
+        self.log_rest()
+        if self.closed != status:
+            self._outbox.add("closing", {"status": status})
         started = time.monotonic()
         self._closing.set()
+        if self._thread.ident is None and len(self._outbox):
+            self._thread.start()
         self._outbox.wake()
         while self._thread.is_alive():
             now = time.monotonic()
-            patience = AWAY_SECONDS if self._away else ENTRY_SECONDS
+            patience = AWAY_SECONDS if self._away or self._unkept else ENTRY_SECONDS
             if now - max(started, self._progress) >= patience or (timeout is not None and now - started >= timeout):
                 break
             self._thread.join(0.1 if timeout is None else max(0.001, min(0.1, started + timeout - now)))
@@ -337,10 +364,12 @@ class MlflowSink:
             try:
                 self._folder.flush()
             except OSError:  # noqa: PERF203  # the folder has said so, and tries again
+                self._unkept = True
                 if self._abandoned.wait(pause):
                     return False
                 pause = min(2 * pause, LAST_PAUSE)
             else:
+                self._unkept = False
                 return True
 
     def _deliver(self, sender: Sender, entries: Sequence[Entry]) -> bool:
@@ -401,27 +430,6 @@ def _last_opening(folder: RunFolder) -> Entry:
     if not openings:
         raise RequestError(f"{folder.location}: this run has nothing for MLflow; its tracking was not enabled")
     return openings[-1]
-
-
-def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
-    """Sends what a run that has ended, or was killed, has left unsent or MLflow has refused.
-
-    Args:
-        folder: the run's, which no other process works in.
-
-    Returns:
-        The run in MLflow, if it was reached now or before; and what went wrong, one message each.
-
-    Raises:
-        RequestError: the run was never tracked.
-    """
-    journal, opening = folder.lines(JOURNAL), _last_opening(folder)
-    sink = MlflowSink(folder, journal, opening, 0)
-    if journal[-1]["kind"] != "closing":
-        sink._outbox.add("closing", {"status": "KILLED"})
-    sink._thread.start()
-    messages = sink._finish(None)
-    return sink.location, messages
 
 
 class _Curves:

@@ -200,6 +200,7 @@ def test_of_two_that_start_the_same_name_at_once_one_works_on_it(storage):
         try:
             folder = RunFolder.create(storage, "run")
             with folder.held():
+                folder.write_config({"seed": 1}, new=True)
                 started.append(folder)
                 time.sleep(1)
         except RequestError as error:

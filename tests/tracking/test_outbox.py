@@ -399,7 +399,7 @@ def test_a_run_that_was_killed_is_ended_by_popmtl_track(tmp_path, database, monk
     sink._abandoned.set()
     sink._thread.join(10)
     assert main(["track", str(folder.path)]) == 0
-    assert_everything_once(uri, "lost", models=(), status="KILLED")
+    assert_everything_once(uri, "lost", models=())
 
 
 def test_an_entry_that_mlflow_always_fails_on_does_not_hold_up_the_others(tmp_path, database, monkeypatch):
