@@ -26,7 +26,10 @@ from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.progress import Progress, Report
 from popmtl.distributed.session import RayDied
 from popmtl.errors import RequestError, RunError
+from popmtl.runs.folder import RunFolder, last_word
 from popmtl.runs.storage import split
+from popmtl.tracking.ending import is_tracked
+from popmtl.tracking.mlflow_sink import location_of
 
 _Coordinator: Any = ray.remote(Coordinator)
 
@@ -117,14 +120,13 @@ def run(
     except KeyboardInterrupt:
         _stop(coordinator, ending)
         raise
-    except RayDied:
+    except RayDied as error:
         # Calls go from process to process: the coordinator can be heard without the rest of Ray.
-        if not _stop(coordinator, ending):
-            raise
-        with suppress(RayError):
-            report = ray.get(ending)
-            return report
-        raise
+        if _stop(coordinator, ending):
+            with suppress(RayError):
+                report = ray.get(ending)
+                return report
+        return _left(RunFolder(folder), error)
     except RayTaskError as error:
         raise RunError(describe_failure(error)) from error
     except RayError as error:
@@ -140,6 +142,21 @@ def _stop(coordinator: Any, ending: Any) -> bool:
     """Has the coordinator end its run as interrupted; whether it did in time, or had ended."""
     coordinator.stop.remote()
     return bool(ray.wait([ending], timeout=STOP_SECONDS)[0])
+
+
+def _left(folder: RunFolder, error: RayDied) -> Report:
+    """What a run has left whose Ray has died, if it had come to its end.
+
+    Raises:
+        RayDied: it had not; what it lacks, if it has its front.
+    """
+    if not folder.has_front():
+        raise error
+    if last_word(folder) != "finished":
+        raise RayDied(f"{error}: its front is complete, what comes after it may not be") from error
+    complaints = [event for event in folder.events() if event["kind"] == "finished"][-1]["tracking"]
+    location = location_of(folder) if is_tracked(folder) else None
+    return Report(folder.front(), [], location, complaints)
 
 
 def _in_short(error: RayError) -> str:
