@@ -31,6 +31,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -257,7 +258,9 @@ def ray_process(process: int, name: str) -> int:
 def by_command(trial: Trial, folder: Path, name: str, reference: RunFolder) -> Outcome:
     """A trial of a `popmtl train` of its own."""
     config = write_config(folder, trial)
-    run, commands = RunFolder(folder / "runs" / name), [Command(folder, config, "--run-name", name)]
+    run = RunFolder(folder / "runs" / name)
+    shutil.rmtree(run.path, ignore_errors=True)  # of trials that were broken off
+    commands = [Command(folder, config, "--run-name", name)]
     try:
         first = commands[0]
         victim = strike(trial, run, first.process.pid, lambda: first.alive)
