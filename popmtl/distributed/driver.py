@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
@@ -35,6 +36,8 @@ _Coordinator: Any = ray.remote(Coordinator)
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 6.0
+SAID = 400
+"""Characters of what Ray says of a death: of one for want of memory it tells pages."""
 
 
 @contextmanager
@@ -64,11 +67,12 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
             else:
                 options = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": environment}
                 stack.enter_context(session.session(None, **options))
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises some that are of no kind
+            said = " ".join(str(error).split())
             if address:
                 token = "" if os.environ.get("RAY_AUTH_MODE") else " (if it asks for a token: RAY_AUTH_MODE=token)"
-                raise RequestError(f"--address {address}: no Ray cluster answers there: {error}{token}") from error
-            raise RunError(f"Ray did not start on this machine: {error}") from error
+                raise RequestError(f"--address {address}: no Ray cluster answers there: {said}{token}") from error
+            raise RunError(f"Ray did not start on this machine: {said}") from error
         yield nodes_now()
 
 
@@ -161,7 +165,8 @@ def _left(folder: RunFolder, error: RayDied) -> Report:
 
 def _in_short(error: RayError) -> str:
     """What Ray says of a death, in one line and without the numbers of its processes."""
-    return " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
+    text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
+    return shorten(text, SAID, placeholder=" …")
 
 
 def _remove_groups(prefix: str) -> None:

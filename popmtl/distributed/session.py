@@ -1,7 +1,7 @@
 """The connection to a Ray, from its start to its end, whichever of the two ends first.
 
-A local Ray listens on the loopback address only, and leaves neither processes nor files. A Ray that dies is noticed by
-connecting to its ports from outside: Ray itself would end the driver's process without a word of ours, after a minute.
+A local Ray listens on the loopback address only, and leaves neither processes nor files. That a Ray has died is noticed
+from outside, by its processes or ports: Ray itself would end the driver's process without a word of ours, a minute later.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -28,8 +29,8 @@ from ray._private import worker as ray_worker
 from popmtl.errors import RunError
 
 LOOK_SECONDS = 0.5
-LOCAL_SECONDS = 2.0
-"""Without an answer for so long, a process of a local Ray is gone: nothing would start it again."""
+RAYLET_SECONDS = 2.0
+"""Without an answer for so long, a raylet is gone: nothing would start it again."""
 
 JOINED_SECONDS = 45.0
 """The same for the control server of a cluster, which may start again elsewhere."""
@@ -40,9 +41,13 @@ RECONNECT_SECONDS = 120
 LEAVE_SECONDS = 40.0
 """How long a driver may take to leave a Ray that has died, in order: Ray's own farewell takes up to 16 s."""
 
+START_SECONDS = 1.0
+"""The same for one that waits for a Ray to start. After five, Ray begins to talk."""
+
 END_SECONDS = 5.0
 """How long the processes of a local Ray may take to end by themselves."""
 
+GCS, RAYLET = "its control server (GCS)", "its raylet on this machine"
 LOOPBACK = "127.0.0.1"
 
 MARK = "POPMTL_RAY_SESSION"
@@ -54,10 +59,10 @@ class RayDied(RunError):  # noqa: N818  # it says what happened
 
 
 class Part(NamedTuple):
-    """A part of Ray: in words, where it listens, and for how many seconds it may be silent."""
+    """A part of Ray: in words, whether it is there, and for how many seconds it may not be."""
 
     name: str
-    address: tuple[str, int]
+    lives: Callable[[], bool]
     patience: float
 
 
@@ -65,20 +70,23 @@ class Vigil:
     """A watch over Ray. Once it has died, and the main thread does not leave it, this ends the process.
 
     Attributes:
-        died: the part that has, in words; None while all is well.
+        parts: that must be there.
+        died: the part that is not, in words; None while all is well.
         then: what the user can do, in words; for the end of the message.
+        leave: seconds that the main thread may take.
     """
 
     def __init__(self, parts: Sequence[Part], clean: Callable[[], None]) -> None:
         """Starts it.
 
         Args:
-            parts: that must answer.
+            parts: that must be there.
             clean: ends what a dead Ray has left on this machine.
         """
         self.parts, self.clean = parts, clean
         self.died: str | None = None
         self.then = ""
+        self.leave = LEAVE_SECONDS
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="vigil", daemon=True)
         self._thread.start()
@@ -86,11 +94,11 @@ class Vigil:
     @property
     def message(self) -> str:
         """What a user is to read once Ray has died."""
-        return f"Ray has died: {self.died} does not answer any more{self.then}"
+        return f"Ray has died: {self.died} is gone{self.then}"
 
     def look(self) -> None:
         """Looks at once, and takes the first silence for death."""
-        self.died = self.died or next((part.name for part in self.parts if not _answers(part.address)), None)
+        self.died = self.died or next((part.name for part in self.parts if not part.lives()), None)
 
     def end(self) -> None:
         """Ends the watch."""
@@ -101,12 +109,12 @@ class Vigil:
         silent: dict[str, float] = {}
         while not self.died and not self._end.wait(LOOK_SECONDS):
             for part in self.parts:
-                if _answers(part.address):
+                if part.lives():
                     silent.pop(part.name, None)
                 elif time.monotonic() - silent.setdefault(part.name, time.monotonic()) >= part.patience:
                     self.died = part.name
         # A call to a Ray that is gone may never return, and whoever waits for it cannot be woken.
-        if self.died and not self._end.wait(LEAVE_SECONDS):
+        if self.died and not self._end.wait(self.leave):
             print(f"popmtl: {self.message}", file=sys.stderr, flush=True)
             self.clean()
             os._exit(1)
@@ -139,17 +147,22 @@ def session(address: str | None, **options: Any) -> Iterator[None]:
             stack.enter_context(_set(ray_constants, "ENABLE_RAY_CLUSTER", False))
             options["_node_ip_address"] = LOOPBACK
             stack.enter_context(_environment(MARK, mark))
-        # Without "local", Ray joins a cluster that it finds running on this machine.
+        vigil = Vigil(_children() if address is None else [], clean=lambda: end_processes(mark, 0.0))
+        vigil.leave = START_SECONDS
         try:
+            # Without "local", Ray joins a cluster that it finds running on this machine.
             context = ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-            parts = _parts(address)
+            if address is None:
+                folder = Path(context.address_info["session_dir"])  # type: ignore[attr-defined]
+            else:
+                vigil.parts = _joined(address)
         except BaseException:
             ray.shutdown()
+            vigil.end()
             end_processes(mark, 0.0)
             raise
-        if address is None:
-            folder = Path(context.address_info["session_dir"])  # type: ignore[attr-defined]
-    _vigil = vigil = Vigil(parts, clean=lambda: end_processes(mark, 0.0))
+        vigil.leave = LEAVE_SECONDS
+    _vigil = vigil
     try:
         yield
     finally:
@@ -205,26 +218,49 @@ def _marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # another's, or gone
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(MARK) == mark and _lives(process):
                 found.append(process)
     return [process for process in found if process.pid != os.getpid()]
 
 
-def _parts(address: str | None) -> list[Part]:
-    """What must answer of the Ray that was joined at an address, or started here."""
-    if address and address.startswith("ray://"):
-        return [Part("the server that this client has joined", _host_and_port(address), JOINED_SECONDS)]
+def _children() -> list[Part]:
+    """What must be there of the Ray that this process starts, from the moment on that it is."""
+    return [Part(GCS, _Child("gcs_server"), 0.0), Part(RAYLET, _Child("raylet"), 0.0)]
+
+
+def _joined(address: str) -> list[Part]:
+    """What must answer of the Ray that was joined at an address."""
+    if address.startswith("ray://"):
+        server = partial(_answers, _host_and_port(address))
+        return [Part("the server that this client has joined", server, JOINED_SECONDS)]
     context = ray.get_runtime_context()
     here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    raylet = here["NodeManagerAddress"], here["NodeManagerPort"]
-    return [
-        Part(
-            "its control server (GCS)",
-            _host_and_port(context.gcs_address),
-            JOINED_SECONDS if address else LOCAL_SECONDS,
-        ),
-        Part("its raylet on this machine", raylet, LOCAL_SECONDS),
-    ]
+    raylet = partial(_answers, (here["NodeManagerAddress"], here["NodeManagerPort"]))
+    gcs = partial(_answers, _host_and_port(context.gcs_address))
+    return [Part(GCS, gcs, JOINED_SECONDS), Part(RAYLET, raylet, RAYLET_SECONDS)]
+
+
+class _Child:
+    """Whether a child of this process that starts from now on lives, once it has been seen."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.others = name, set(psutil.Process().children())
+        self.process: psutil.Process | None = None
+
+    def __call__(self) -> bool:
+        if self.process is None:
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):  # it is gone, and Ray has seen it
+                    if child not in self.others and child.name() == self.name:
+                        self.process = child
+        return self.process is None or _lives(self.process)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from finished_runs import members
 from mlflow_contents import mlflow_contents, mlflow_differences
 from running import run_in
 from toy_problems import config
-from trial_runs import Command, differences, workers
+from trial_runs import Command, differences, poll, reached, workers
 from trial_runs import config as digits
 
 from popmtl.config import Config
@@ -346,16 +347,22 @@ def test_commands_leave_no_file_of_ray_and_no_process(tmp_path):
 JUMPS = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/time.h>
 #include <time.h>
 
-/* By turns right, a day ahead, and a day behind: for all processes of this machine at the same moments. */
+/* Seconds that the clock is wrong by: those in the file that all processes map. */
 static time_t jump(void) {
-    struct timespec now;
-    static int (*real)(clockid_t, struct timespec *);
-    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-    real(CLOCK_MONOTONIC, &now);
-    return (time_t[]){0, 86400, -86400}[now.tv_sec % 3];
+    static volatile long *seconds;
+    if (!seconds) {
+        int file = open(getenv("POPMTL_TEST_JUMP"), O_RDONLY);
+        void *found = mmap(0, sizeof(long), PROT_READ, MAP_SHARED, file, 0);
+        if (found == MAP_FAILED) abort();
+        seconds = found;
+    }
+    return *seconds;
 }
 int clock_gettime(clockid_t clock, struct timespec *now) {
     static int (*real)(clockid_t, struct timespec *);
@@ -378,41 +385,53 @@ time_t time(time_t *at) {
     return now.tv_sec;
 }
 """
+DAY = 86400
 
 
 @pytest.fixture
-def jumping(tmp_path, monkeypatch):
-    """Has the clock of every process that is started jump by a day, twice in three seconds."""
-    (tmp_path / "jumps.c").write_text(JUMPS)
-    library = tmp_path / "jumps.so"
+def clock(tmp_path, monkeypatch):
+    """Has the clock of every process that is started from now on be wrong by as many seconds as it is called with."""
+    source, library, file = tmp_path / "jumps.c", tmp_path / "jumps.so", tmp_path / "jump"
+    source.write_text(JUMPS)
+    file.write_bytes(struct.pack("l", 0))
     try:
-        command = ["cc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "jumps.c", "-ldl"]
+        command = ["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"]
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no compiler: {error}")
+    monkeypatch.setenv("POPMTL_TEST_JUMP", str(file))
     monkeypatch.setenv("LD_PRELOAD", str(library))
-    shows = "import time; a = time.time(); time.sleep(1); print(abs(time.time() - a) > 3600)"
-    tries = [
-        subprocess.run([sys.executable, "-c", shows], capture_output=True, text=True, check=True) for _ in range(2)
-    ]
-    if all("True" not in one.stdout for one in tries):
-        pytest.skip("the clock cannot be made to jump here")
+
+    def be_wrong_by(seconds):
+        with file.open("r+b") as opened:
+            opened.write(struct.pack("l", seconds))
+
+    be_wrong_by(DAY)
+    shows = [sys.executable, "-c", "import time; print(time.time())"]
+    if float(subprocess.run(shows, capture_output=True, text=True, check=True).stdout) < time.time() + DAY / 2:
+        pytest.skip("the clock cannot be set for single processes here")
+    be_wrong_by(0)
+    return be_wrong_by
 
 
 @pytest.mark.slow
-def test_clocks_that_jump_change_nothing(tmp_path, jumping, monkeypatch):
+def test_clocks_that_jump_change_nothing(tmp_path, clock, monkeypatch):
     data = digits(2, "collective") | {"tracking": TRACKED}
-    data["train"] |= {"steps": 200}
-    data["fine_tune"] |= {"steps": 50}
+    data["train"] |= {"steps": 400}
+    data["fine_tune"] |= {"steps": 100}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
     runs = []
     for name in ("jumping", "steady"):
         command = Command(tmp_path, "run.yaml", "--run-name", name, "--storage", str(tmp_path / name))
+        runs.append(folder := RunFolder(tmp_path / name / name))
         try:
+            if name == "jumping":
+                for step, seconds in ((50, DAY), (150, -DAY), (250, 0), (350, DAY), (450, -DAY)):
+                    assert poll(lambda step=step: reached(folder) >= step, lambda: command.alive, 120)  # noqa: B023
+                    clock(seconds)
             assert command.wait() == 0, command.log.read_text()
         finally:
             command.end()
-        runs.append(RunFolder(tmp_path / name / name))
         monkeypatch.delenv("LD_PRELOAD", raising=False)
     assert "recovering" not in [event["kind"] for event in runs[0].events()]
     times = [event["time"] for event in runs[0].events()]
