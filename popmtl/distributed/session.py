@@ -1,7 +1,7 @@
 """The connection to a Ray, from its start to its end, whichever of the two ends first.
 
 A local Ray listens on the loopback address only, and leaves neither processes nor files. That a Ray has died is noticed
-from outside, by its processes or ports: Ray itself would end the driver's process without a word of ours, a minute later.
+from outside, by its processes or ports: Ray itself would end the process after a minute, with words of its own.
 """
 
 from __future__ import annotations

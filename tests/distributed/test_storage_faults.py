@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from finished_runs import members
 from mlflow_contents import mlflow_contents, mlflow_differences
 from running import run_in
 from toy_problems import config
-from trial_runs import Command, differences, poll, reached, workers
+from trial_runs import SECONDS, Command, differences, poll, reached, workers
 from trial_runs import config as digits
 
 from popmtl.config import Config
@@ -388,6 +389,14 @@ time_t time(time_t *at) {
 DAY = 86400
 
 
+def has_reached(folder, step):
+    return reached(folder) >= step
+
+
+def is_alive(command):
+    return command.alive
+
+
 @pytest.fixture
 def clock(tmp_path, monkeypatch):
     """Has the clock of every process that is started from now on be wrong by as many seconds as it is called with."""
@@ -427,7 +436,8 @@ def test_clocks_that_jump_change_nothing(tmp_path, clock, monkeypatch):
         try:
             if name == "jumping":
                 for step, seconds in ((50, DAY), (150, -DAY), (250, 0), (350, DAY), (450, -DAY)):
-                    assert poll(lambda step=step: reached(folder) >= step, lambda: command.alive, 120)  # noqa: B023
+                    came = poll(partial(has_reached, folder, step), partial(is_alive, command), SECONDS)
+                    assert came, (step, command.log.read_text())
                     clock(seconds)
             assert command.wait() == 0, command.log.read_text()
         finally:
