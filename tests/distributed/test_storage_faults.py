@@ -171,7 +171,7 @@ def test_a_run_whose_results_find_no_room_goes_on_from_its_last_checkpoint(ray_o
     report = start(ray_of_four, folder, data, resumes=True)
     assert folder.front() == report.front
     kinds = [event["kind"] for event in folder.events()]
-    assert kinds.count("failed") == 1
+    assert "failed" not in kinds, "there was no room for that either"
     assert kinds[-1] == "finished"
     assert [event["step"] for event in folder.events() if event["kind"] == "rewound"] == [60], (
         "nothing was trained again"
