@@ -2,6 +2,10 @@
 
 import sys
 
-from popmtl.cli import main
+from popmtl import modules
+
+modules.look_in("")  # before anything is imported that a file of the current folder could stand in for
+
+from popmtl.cli import main  # noqa: E402
 
 sys.exit(main())

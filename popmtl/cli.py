@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from popmtl import __version__
+from popmtl import __version__, modules
+from popmtl.arguments import Parser, check_texts, cluster_address, message, numbers, port, steps
 from popmtl.errors import RequestError, RunError
+from popmtl.text import printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from popmtl.config import Config
+    from popmtl.display import Console
     from popmtl.distributed.placement import Nodes
     from popmtl.distributed.plan import RunPlan
     from popmtl.runs.baseline import SingleTask
@@ -43,15 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest  # argparse leaves those that come after an option
-    # A console script's path lacks the folder where it is called, and with it the user's own problem.
-    sys.path.insert(0, str(Path.cwd()))
+    check_texts(parser, options)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
     try:
+        # The user's own problem lies beside the config, or where the command is given.
+        modules.look_in(*([os.path.dirname(options.config)] if getattr(options, "config", None) else []), "")
         code: int | None = options.call(options)
     except RequestError as error:
-        print(f"popmtl: {error}", file=sys.stderr)
+        print(f"popmtl: {message(error)}", file=sys.stderr)
         return BAD_REQUEST
     except RunError as error:
-        print(f"popmtl: {error}", file=sys.stderr)
+        print(f"popmtl: {message(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("popmtl: interrupted", file=sys.stderr)
@@ -69,33 +75,40 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.plan import make_plan
     from popmtl.distributed.profile import steps_needed
     from popmtl.distributed.resumption import find_checkpoint
-    from popmtl.runs.baseline import SINGLE_TASK
+    from popmtl.runs.baseline import SINGLE_TASK, baseline_name
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.front import BEST
+    from popmtl.runs.names import check_run_name
     from popmtl.runs.storage import split
     from popmtl.tracking.links import where_to_look
 
     if options.resume:
         _take_config_for_override(options)
         folder = RunFolder(options.resume)
-        if folder.lacks_config():
-            if not options.config:
-                raise RequestError(
-                    f"{folder.location} has no config.yaml: its process was killed as it made it; give CONFIG, too"
-                )
-            config = load_config(options.config, options.overrides)
-        else:
-            config = resumed_config(folder.config(), options.config, options.overrides)
-            if folder.has_front():
-                _complete_front(folder, config, options)
-                return
+        with _reading(options.resume):
+            folder.files.check_links()
+            if folder.lacks_config():
+                if not options.config:
+                    raise RequestError(
+                        f"{folder.location} has no config.yaml: its process was killed as it made it; give CONFIG, too"
+                    )
+                config = load_config(options.config, options.overrides)
+            else:
+                config = resumed_config(folder.config(), options.config, options.overrides)
+                if folder.has_front():
+                    _complete_front(folder, config, options)
+                    return
+                _admit_resumed(folder, config, options.trust)
         config = config.model_copy(update={"storage": split(folder.location)[0]})
         name = folder.name
     else:
         if not options.config:
             raise RequestError("train: give a CONFIG, or --resume RUN")
         config = load_config(options.config, options.overrides)
-        name = Path(options.config).stem
+        name = printable(Path(options.config).stem)
+        run_name = _name_of_new_run(options)
+        if config.baseline == SINGLE_TASK:
+            check_run_name(baseline_name(run_name))
         if options.storage:
             config = config.model_copy(update={"storage": options.storage})
     console = _console()
@@ -113,7 +126,6 @@ def train(options: argparse.Namespace) -> None:
             print_plan(console, plan)
             return
         if not options.resume:
-            run_name = options.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
             folder = RunFolder.create(config.storage, run_name)
         session.enter_context(folder.held())
         begins = ""
@@ -135,7 +147,7 @@ def train(options: argparse.Namespace) -> None:
         if not options.address:
             session.enter_context(driver.cluster(None, int(nodes[0]["CPU"])))
         if config.baseline == SINGLE_TASK:
-            plan = replace(plan, reference=_train_baseline(console, plan, nodes, folder, name))
+            plan = replace(plan, reference=_train_baseline(console, plan, nodes, folder, name, options.trust))
         with ProgressLine(console) as line:
             resumes = bool(options.resume)
             report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
@@ -161,7 +173,37 @@ def train(options: argparse.Namespace) -> None:
             console.print(hint, highlight=False, soft_wrap=True)
 
 
-def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str) -> SingleTask:
+def _admit_resumed(folder: RunFolder, config: Config, trust: bool) -> None:
+    """Checks that a run may go on here: its problem's code may run, and MLflow is where the user has named it.
+
+    Raises:
+        RequestError: the folder is a stranger's, and `trust` was not given.
+    """
+    from popmtl.runs.trust import admit
+    from popmtl.tracking.mlflow_sink import check_opening
+
+    for change in admit(folder, config.problem.name, trust, "--trust", _note):
+        _note(f"warning: {change}")
+    if config.tracking.enabled:
+        check_opening(folder, config.tracking.uri, trust)
+
+
+def _note(text: str) -> None:
+    print(f"popmtl: {printable(text)}", file=sys.stderr)
+
+
+def _name_of_new_run(options: argparse.Namespace) -> str:
+    """The name that was given, or one of the config's name and the time."""
+    from popmtl.runs.names import check_run_name
+
+    if options.run_name:
+        return check_run_name(options.run_name)
+    return check_run_name(f"{Path(options.config).stem}-{datetime.now():%Y%m%d-%H%M%S}", "; or give a --run-name")
+
+
+def _train_baseline(
+    console: Console, plan: RunPlan, nodes: Nodes, folder: RunFolder, name: str, trust: bool
+) -> SingleTask:
     """Trains the single-task models of a run beside it, unless they are there; their figures.
 
     Args:
@@ -170,12 +212,13 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
         nodes: of the cluster.
         folder: the run's.
         name: what MLflow's experiment is named by.
+        trust: whether the user trusts who made the folder of the single-task models, where it is there.
 
     Raises:
         RequestError: there is another run where they would be.
         RunError: the training failed.
     """
-    from popmtl.config import Config, decisive, single_task
+    from popmtl.config import decisive, single_task, validated
     from popmtl.display import ProgressLine, print_warnings
     from popmtl.distributed import driver
     from popmtl.distributed.plan import make_plan
@@ -189,10 +232,13 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
     own = baseline_name(folder.name)
     beside = RunFolder(joined(config.storage, own))
     resumes = beside.files.entry("config.yaml") is not None
-    if resumes and decisive(Config.model_validate(beside.config())) != decisive(config):
+    if resumes and decisive(validated(beside.config(), f"config.yaml of {beside.location}")) != decisive(config):
         raise RequestError(f"{beside.location}: is of another config than this run's baseline; move it away")
     if not beside.has_front():
-        if not resumes:
+        if resumes:
+            beside.files.check_links()
+            _admit_resumed(beside, config, trust)
+        else:
             beside = RunFolder.create(config.storage, own)
         with beside.held():
             beside.write_config(config.resolved(), new=not resumes)
@@ -201,7 +247,7 @@ def _train_baseline(console: Console, plan: RunPlan, nodes: Nodes, folder: RunFo
                 report = driver.run(make_plan(config, nodes), beside.location, name, line.show, resumes=resumes)
         print_warnings(console, [f"MLflow: {complaint}" for complaint in report.complaints])
     elif last_word(beside) != "finished":
-        _completed(beside)
+        _completed(beside, trust)
     return single_task_figures(beside, plan.objectives, plan.tasks)
 
 
@@ -229,10 +275,10 @@ def submit(options: argparse.Namespace) -> int:
     if options.resume:
         run = options.resume
         name = f"{split(run)[1]}-resumed-{now}"
-        where = ["--resume", run]
+        where = ["--resume", run, *(["--trust"] if options.trust else [])]
     else:
         storage = options.storage or config.storage
-        name = options.run_name or f"{path.stem}-{now}"
+        name = _name_of_new_run(options)
         where = ["--run-name", name, "--storage", storage]
         run = storage
     if not (is_remote(run) or Path(run).is_absolute()):
@@ -248,7 +294,7 @@ def submit(options: argparse.Namespace) -> int:
     print(f"job {job}", flush=True)
 
     def write(text: str) -> None:
-        print(text, end="", flush=True)
+        print(printable(text, "\n\t"), end="", flush=True)
 
     try:
         return jobs.follow(job, write)
@@ -259,15 +305,14 @@ def submit(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> None:
     """`popmtl status`: the runs among a cluster's jobs, or one of them with its last lines."""
-    from rich.console import Console
-
-    from popmtl.display import print_jobs
+    from popmtl.display import Console, print_jobs
     from popmtl.distributed.jobs import Jobs
 
     jobs = Jobs(options.address)
     print_jobs(Console(emoji=False), [jobs.details(options.job)] if options.job else jobs.all())
     if options.job:
-        print("\n".join(jobs.last_lines(options.job, LAST_LINES)))
+        for line in jobs.last_lines(options.job, LAST_LINES):
+            _say(line)
 
 
 def stop(options: argparse.Namespace) -> None:
@@ -275,12 +320,12 @@ def stop(options: argparse.Namespace) -> None:
     from popmtl.distributed.jobs import Jobs
 
     jobs = Jobs(options.address)
-    print(f"{options.job} has been stopped" if jobs.stop(options.job) else f"{options.job} had ended")
+    _say(f"{options.job} has been stopped" if jobs.stop(options.job) else f"{options.job} had ended")
 
 
 def _take_config_for_override(options: argparse.Namespace) -> None:
     """With --resume the first override stands where CONFIG would, if none was given."""
-    if options.config and "=" in options.config and not Path(options.config).exists():
+    if options.config and "=" in options.config and not os.path.exists(options.config):
         options.config, options.overrides = None, [options.config, *options.overrides]
 
 
@@ -291,19 +336,19 @@ def _complete_front(folder: RunFolder, config: Config, options: argparse.Namespa
         RequestError: nothing is, or the request changes what comes before the front.
         RunError: MLflow has not taken everything.
     """
-    from popmtl.config import Config
+    from popmtl.config import validated
     from popmtl.runs.folder import last_word
 
     if last_word(folder) == "finished":
         raise RequestError(f"{folder.location}: this run has finished")
-    own = Config.model_validate(folder.config())
+    own = validated(folder.config(), f"config.yaml of {folder.location}")
     if (config.train, config.fine_tune, config.tracking) != (own.train, own.fine_tune, own.tracking):
         raise RequestError(f"{_has_front(folder)}; train, fine_tune and tracking cannot change any more")
     if options.dry_run:
-        print(_has_front(folder))
+        _say(_has_front(folder))
         return
-    _complete_baseline(folder)
-    _completed(folder)
+    _complete_baseline(folder, options.trust)
+    _completed(folder, options.trust)
 
 
 def _has_front(folder: RunFolder) -> str:
@@ -311,7 +356,7 @@ def _has_front(folder: RunFolder) -> str:
     return f"{folder.location} has its front, and may lack what comes after it: {command} brings it"
 
 
-def _complete_baseline(folder: RunFolder) -> None:
+def _complete_baseline(folder: RunFolder, trust: bool) -> None:
     """Brings what is lacking of the single-task models' run beside a run, where there is one that has its front."""
     from popmtl.runs.baseline import SINGLE_TASK, baseline_name
     from popmtl.runs.folder import RunFolder, last_word
@@ -320,14 +365,15 @@ def _complete_baseline(folder: RunFolder) -> None:
     if folder.config().get("baseline") == SINGLE_TASK:
         beside = RunFolder(joined(split(folder.location)[0], baseline_name(folder.name)))
         if beside.has_front() and last_word(beside) != "finished":
-            _completed(beside)
+            _completed(beside, trust)
 
 
-def _completed(folder: RunFolder, *, asked: bool = False) -> None:
+def _completed(folder: RunFolder, trust: bool, *, asked: bool = False) -> None:
     """Brings what is lacking of a run's end, and says where it is in MLflow.
 
     Args:
         folder: the run's.
+        trust: whether the user trusts who made it.
         asked: for what MLflow has not got; also of a run without a front, and not of one that was never tracked.
 
     Raises:
@@ -340,20 +386,20 @@ def _completed(folder: RunFolder, *, asked: bool = False) -> None:
 
     # The coordinator of a driver that was killed goes on for some seconds.
     with folder.held(), folder.held(COORDINATOR_LOCK, wait=COORDINATOR_SECONDS):
-        ended = complete(folder) if asked or is_tracked(folder) else complete_front(folder, None)
+        tracked = asked or is_tracked(folder)
+        ended = complete(folder, trust=trust, say=_note) if tracked else complete_front(folder, None)
     if ended.location:
-        print("\n".join(where_to_look(ended.location, folder.location)))
+        for line in where_to_look(ended.location, folder.location):
+            _say(line)
     if not ended.complete:
         raise RunError("MLflow: " + "; ".join(ended.complaints))
     for complaint in ended.complaints:
-        print(f"popmtl: warning: MLflow: {complaint}", file=sys.stderr)
+        _note(f"warning: MLflow: {complaint}")
 
 
 def runs(options: argparse.Namespace) -> None:
     """`popmtl runs`: the runs in a storage folder, the latest last."""
-    from rich.console import Console
-
-    from popmtl.display import print_runs
+    from popmtl.display import Console, print_runs
     from popmtl.runs.folder import runs_in
 
     storage = options.storage or "runs"
@@ -377,7 +423,7 @@ def front(options: argparse.Namespace) -> None:
 
         _draw(options, lambda file: draw_front(found, file))
     if options.json:
-        print(content, end="")
+        print(printable(content, "\n"), end="")
     else:
         print_front(_console(), found)
 
@@ -398,22 +444,25 @@ def pick(options: argparse.Namespace) -> None:
         found = finished_front(folder, PLACES[options.source])
     choice = choose(found, preference=options.preference, at_knee=options.knee, best=options.best, where=options.where)
     member = choice.member.subproblem
+    code: list[str] = []
     warnings = [warning] if (warning := chosen_on_test(found)) else []
     if choice.dominated_by:
         others = ", ".join(str(other) for other in choice.dominated_by)
         warnings.append(f"model {member} is dominated by {others}: no non-dominated model satisfies the constraints")
     if options.export:
+        say = _note if options.trust else code.append
         with _reading(options.run):
-            warnings += export(folder, found, choice, options.export)
+            warnings += export(folder, found, choice, options.export, trust=options.trust, say=say)
     for warning in warnings:
-        print(f"popmtl: warning: {warning}", file=sys.stderr)
+        _note(f"warning: {warning}")
     if options.json:
         exported = {"exported": str(Path(options.export).resolve())} if options.export else {}
-        print(to_json(described(folder, found, choice) | exported, indent=2))
+        print(printable(to_json(described(folder, found, choice) | exported, indent=2), "\n"))
         return
     print_choice(_console(), described(folder, found, choice))
     if options.export:
-        print(f"\nexported to {Path(options.export).resolve()}")
+        for line in ("", *code, f"exported to {Path(options.export).resolve()}"):
+            _say(line)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -438,13 +487,18 @@ def compare(options: argparse.Namespace) -> None:
         points = [front_points(front) for front in fronts]
         _draw(options, lambda file: draw_fronts(comparison.names, comparison.objectives, points, file))
     if options.json:
-        print(to_json(asdict(comparison), indent=2))
+        print(printable(to_json(asdict(comparison), indent=2), "\n"))
     else:
         print_comparison(_console(), comparison)
 
 
+def _say(text: str) -> None:
+    """Prints a line, whatever the names in it are made of."""
+    print(printable(text), flush=True)
+
+
 def _console() -> Console:
-    from rich.console import Console
+    from popmtl.display import Console
 
     console = Console(emoji=False)
     return (
@@ -466,7 +520,7 @@ def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None
             draw(file)
     except OSError as error:
         raise RequestError(f"--plot {options.plot}: cannot be written ({said(error)})") from error
-    print(f"picture {path}", file=sys.stderr if options.json else sys.stdout)
+    print(printable(f"picture {path}"), file=sys.stderr if options.json else sys.stdout)
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -483,11 +537,11 @@ def verify(options: argparse.Namespace) -> None:
     for name in found:
         hypervolume = hypervolume_of(folder, name)
         figure = "" if hypervolume is None else f", hypervolume {hypervolume:.5g}"
-        print(f"{split(name)[1]}: {damaged.get(name, f'whole{figure}')}")
+        _say(f"{split(name)[1]}: {damaged.get(name, f'whole{figure}')}")
     if damaged:
         raise RunError(f"{folder.location}: {len(damaged)} of {len(found)} checkpoints are damaged")
     if not found:
-        print(f"{folder.location} has no checkpoint")
+        _say(f"{folder.location} has no checkpoint")
 
 
 @contextmanager
@@ -507,13 +561,14 @@ def track(options: argparse.Namespace) -> None:
 
     folder = RunFolder(options.run)
     folder.config()
-    _complete_baseline(folder)
-    _completed(folder, asked=True)
+    _complete_baseline(folder, options.trust)
+    _completed(folder, options.trust, asked=True)
 
 
 def ui(options: argparse.Namespace) -> None:
     """`popmtl ui`: serves a run's tracking database and prints where to look; ends with Ctrl-C."""
     from popmtl.runs.folder import RunFolder
+    from popmtl.runs.trust import with_credentials
     from popmtl.tracking.links import HOME, is_served, links
     from popmtl.tracking.mlflow_sink import location_of
     from popmtl.tracking.server import server
@@ -522,27 +577,29 @@ def ui(options: argparse.Namespace) -> None:
     if options.run:
         folder = RunFolder(options.run)
         folder.config()
-        location = location_of(folder)
+        location = location_of(folder, trust=options.trust)
         if location is None:
             raise RequestError(f"{folder.location}: MLflow has nothing of this run yet; popmtl track sends it")
         if is_served(location.uri):
-            print("\n".join(links(location)))
+            for line in links(location):
+                _say(line)
             return
-        database = location.uri
+        database = with_credentials(location.uri)
     else:
         path = Path(options.storage or "runs").resolve() / "mlflow.db"
         if not path.exists():
             raise RequestError(f"{path}: there is no tracking database; give a RUN, or --storage FOLDER")
         database = f"sqlite:///{path}"
     with server(database, options.port) as (base, process):
-        print("\n".join(links(location, base) if location else [f"MLflow    {base}{HOME}"]), flush=True)
+        for line in links(location, base) if location else [f"MLflow    {base}{HOME}"]:
+            _say(line)
         print("Ctrl-C ends the server", flush=True)
         process.wait()
     raise RunError(f"the MLflow server ended with exit code {process.returncode}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
+    parser = Parser(prog="popmtl", description="Train a Pareto set of multi-task models in one run.")
     parser.add_argument("--version", action="version", version=f"popmtl {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("runs", help="list the runs in a storage folder")
@@ -565,7 +622,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", metavar="RUN", help="path or URL of the run's folder")
     choice = command.add_mutually_exclusive_group()
     choice.add_argument(
-        "--preference", type=_numbers, metavar="P1,P2,...", help="how much each objective matters, such as 0.3,0.7"
+        "--preference", type=numbers, metavar="P1,P2,...", help="how much each objective matters, such as 0.3,0.7"
     )
     choice.add_argument("--knee", action="store_true", help="nearest to the best of all objectives at once")
     choice.add_argument("--best", metavar="NAME", help="the best at this objective or metric")
@@ -574,6 +631,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_from(command)
     command.add_argument("--export", metavar="DIR", help="write weights, torch.export program and model card there")
+    _add_trust(command)
     command.add_argument("--json", action="store_true", help="print the choice as JSON and nothing else")
     command.set_defaults(call=pick)
     command = commands.add_parser("compare", help="compare the fronts of finished runs")
@@ -586,17 +644,21 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(call=verify)
     command = commands.add_parser("track", help="send what MLflow has not got of a run, which waits in its folder")
     command.add_argument("run", metavar="RUN", help="folder of the run")
+    _add_trust(command)
     command.set_defaults(call=track)
     command = commands.add_parser("ui", help="serve MLflow to this machine's browsers, and print where to look")
     command.add_argument("run", nargs="?", metavar="RUN", help="path or URL of the run's folder; default: all runs")
     command.add_argument("--storage", help="folder that holds the runs, where no RUN is given; default: ./runs")
-    command.add_argument("--port", type=int, default=5000, help="default: %(default)s")
+    command.add_argument("--port", type=port, default=5000, help="default: %(default)s")
+    _add_trust(command)
     command.set_defaults(call=ui)
     command = commands.add_parser("train", help="train a Pareto set", description="Train a Pareto set from a config.")
     command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file; with --resume the run's own if absent")
     command.add_argument("overrides", nargs="*", metavar="key.path=value", help="such as train.steps=100")
     command.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    command.add_argument("--address", help="join the Ray cluster at this address, or auto; default: start one here")
+    command.add_argument(
+        "--address", type=cluster_address, help="join the Ray cluster at this address, or auto; default: start one here"
+    )
     command.add_argument("--run-name", help="name of the run and its folder; default: the config's name and the time")
     command.add_argument("--storage", help="path or URL of the folder that holds the runs; default: the config's")
     command.add_argument(
@@ -605,26 +667,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--profile",
         nargs="?",
-        type=_count,
+        type=steps,
         const=20,
         metavar="STEPS",
         help="write a torch profiler's trace of so many MTGD steps of actor 0 to the run's folder; default: 20",
     )
+    _add_trust(command)
     command.set_defaults(call=train)
     _add_job_commands(commands)
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: give a number of steps")
-    return int(text)
-
-
-def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_job_commands(commands: argparse._SubParsersAction[Parser]) -> None:
     """What has to do with a cluster's jobs."""
     default = os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-    address = argparse.ArgumentParser(add_help=False)
+    address = Parser(add_help=False)
     address.add_argument(
         "--address", default=default, help="of Ray's dashboard; default: $RAY_API_SERVER_ADDRESS, or %(default)s"
     )
@@ -647,6 +704,7 @@ def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     command.add_argument("--storage", help="path that the cluster's machines share, or URL; default: the config's")
     command.add_argument("--resume", metavar="RUN", help="go on with the run at this path or URL")
+    _add_trust(command)
     command.set_defaults(call=submit)
     command = commands.add_parser("status", parents=[address], help="show the runs among a Ray cluster's jobs")
     command.add_argument("job", nargs="?", metavar="JOB", help="one of them, with its last lines")
@@ -654,6 +712,14 @@ def _add_job_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     command = commands.add_parser("stop", parents=[address], help="interrupt a run that was submitted")
     command.add_argument("job", metavar="JOB", help="see popmtl status")
     command.set_defaults(call=stop)
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust",
+        action="store_true",
+        help="run the code and use the servers that the run's folder names, though you did not make it here",
+    )
 
 
 def _add_from(command: argparse.ArgumentParser) -> None:
@@ -664,10 +730,3 @@ def _add_from(command: argparse.ArgumentParser) -> None:
         default="last",
         help="the models of the end, or of the best evaluation on the validation split (front.best); default: last",
     )
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give numbers between commas, such as 0.3,0.7") from error

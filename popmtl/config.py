@@ -2,60 +2,88 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import itertools
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
-    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from popmtl.components import (
+    ClipConfig,
+    Count,
+    GradientConfig,
+    GroupConfig,
+    LRScheduleConfig,
+    Number,
+    OptimizerConfig,
+    Schedules,
+    Section,
+    Whole,
+    build_schedule,
+    check_schedule,
+    clip_bound,
+)
 from popmtl.errors import RequestError, nearest
 from popmtl.method.aligned_mtl import SCALES
 from popmtl.method.course import Stop
 from popmtl.method.decomposition import MIN_WEIGHT
-from popmtl.method.gradients import GradientMethod, gradient_method
 from popmtl.method.mtgd import ORDERS, PRECISIONS
-from popmtl.method.optimizers import Clip, ParameterGroup
 from popmtl.method.reseeding import MAX_RESEEDS
 from popmtl.method.scalarization import SCALARIZATIONS, Scalarization
 from popmtl.method.transfer import KERNELS, SCHEDULES
+from popmtl.text import cut, is_printable, shown
+from popmtl.yaml_files import DEEPEST, read_yaml, read_yaml_file
 
+__all__ = [
+    "MAY_CHANGE",
+    "MAY_DEFAULT",
+    "CheckpointConfig",
+    "ClipConfig",
+    "Config",
+    "FineTuneConfig",
+    "FrontConfig",
+    "GradientConfig",
+    "GroupConfig",
+    "LRScheduleConfig",
+    "OptimizerConfig",
+    "PopulationConfig",
+    "ProblemConfig",
+    "RecoveryConfig",
+    "ResourcesConfig",
+    "ScalarizationConfig",
+    "StopConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TransferConfig",
+    "build_schedule",
+    "decisive",
+    "load_config",
+    "resumed_config",
+    "single_task",
+    "taken",
+    "validated",
+    "with_defaults",
+]
 
-def _no_boolean(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("input should be a number")
-    return value
+Steps = Annotated[Whole, Field(ge=0)]
+"""So many that they cannot be held, the plan refuses, which knows what they take."""
+Text = Annotated[str, Field(min_length=1)]
+Seconds = Annotated[Number, Field(gt=0, le=1e7)]
 
-
-Count = Annotated[int, BeforeValidator(_no_boolean)]
-Number = Annotated[float, BeforeValidator(_no_boolean)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+MOST_ACCUMULATED = 10_000
+"""Batches of a step; the plan rehearses with all of them."""
+LONGEST_COMPLAINT, MOST_COMPLAINTS = 400, 20
+"""Characters of a complaint about a config, and how many of them are listed."""
 
 
 class ProblemConfig(BaseModel):
@@ -63,7 +91,7 @@ class ProblemConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: Text
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -71,11 +99,11 @@ class ProblemConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class PopulationConfig(_Section):
+class PopulationConfig(Section):
     """The decomposition: N subproblems and their weight vectors."""
 
     subproblems: Annotated[Count, Field(ge=1)] | None = None
-    weights: Literal["das_dennis", "energy"] | list[list[float]] = "das_dennis"
+    weights: Literal["das_dennis", "energy"] | list[list[Number]] = "das_dennis"
     min_weight: Annotated[Number, Field(ge=0, lt=0.5)] = MIN_WEIGHT
 
     @model_validator(mode="after")
@@ -88,286 +116,26 @@ class PopulationConfig(_Section):
         return self
 
 
-class ScalarizationConfig(_Section):
+class ScalarizationConfig(Section):
     """The scalarization of every subproblem; see `popmtl.method.scalarization`."""
 
     name: Literal[SCALARIZATIONS] = "smooth_tchebycheff"  # type: ignore[valid-type]
     mu: Annotated[Number, Field(gt=0)] = 0.05
     rho: Annotated[Number, Field(ge=0)] = 0.05
     theta: Annotated[Number, Field(ge=0)] = 5.0
-    ideal_point: list[float] | None = None
+    ideal_point: list[Number] | None = None
 
     def build(self) -> Scalarization:
         """As the method takes it."""
         return Scalarization(self.name, self.mu, self.rho, self.theta)
 
 
-def _optimizer_class(name: str) -> type[Optimizer]:
-    """A class of torch.optim, or `package.module:Class`.
-
-    Raises:
-        ValueError: there is none that takes plain steps.
-    """
-    module_name, colon, class_name = name.partition(":")
-    if not colon:
-        known = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, Optimizer)}
-        cls = known.get(name)
-        if cls is None or cls in (Optimizer, torch.optim.LBFGS):
-            names = [n for n in known if n not in ("Optimizer", "LBFGS")]
-            raise ValueError(f"torch.optim has no optimizer {name!r} that takes plain steps{nearest(name, names)}")
-        return cls
-    try:
-        found = getattr(importlib.import_module(module_name), class_name, None)
-    except Exception as error:
-        raise ValueError(f"{name}: importing {module_name} failed: {type(error).__name__}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise ValueError(f"{name}: {module_name} has no torch.optim.Optimizer of the name {class_name!r}")
-    return found
-
-
-def _try_optimizer(name: str, arguments: Mapping[str, Any]) -> Optimizer:
-    """An optimizer that has taken a step on a small matrix.
-
-    Raises:
-        ValueError: there is none of that name, it does not take these arguments, or it cannot take plain steps.
-    """
-    cls = _optimizer_class(name)
-    parameter = torch.zeros(2, 2)
-    parameter.grad = torch.zeros(2, 2)
-    try:
-        made = cls([parameter], **arguments)
-        made.step()
-    except Exception as error:  # of another package's class it may be anything
-        known = list(inspect.signature(cls).parameters)
-        unknown = [key for key in arguments if key not in known]
-        hint = nearest(unknown[0], known) if unknown else ""
-        raise ValueError(f"{name} cannot train a row with these arguments: {error}{hint}") from error
-    return made
-
-
-class _Component(BaseModel):
-    """Something chosen by name; keys that it does not know are its arguments, and keys without a value are left out."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
-
-    @model_serializer(mode="wrap")
-    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        own = {field.alias or name for name, field in type(self).model_fields.items()} | set(type(self).model_fields)
-        return {key: value for key, value in handler(self).items() if key not in own or value not in (None, [])}
-
-
-class GroupConfig(_Component):
-    """Parameters of their own settings: shell patterns for their names, and arguments that differ.
-
-    With a `name` of its own the group has another optimizer, with the arguments that are given here alone.
-    """
-
-    match: str | list[str]
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _matches(self) -> GroupConfig:
-        if not self.match:
-            raise ValueError('match is empty; give it a pattern of parameter names, such as "*.bias"')
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments."""
-        return dict(self.model_extra or {})
-
-    def build(self) -> ParameterGroup:
-        """As the method takes it."""
-        patterns = (self.match,) if isinstance(self.match, str) else tuple(self.match)
-        if self.name is None:
-            return ParameterGroup(patterns, self.options)
-        return ParameterGroup(patterns, {}, partial(_optimizer_class(self.name), **self.options))
-
-
-class OptimizerConfig(_Component):
-    """A class of torch.optim, or `package.module:Class`; all other keys but `groups` are its arguments."""
-
-    name: str = "Adam"
-    groups: list[GroupConfig] = []
-
-    @model_validator(mode="after")
-    def _constructs(self) -> OptimizerConfig:
-        arguments = dict(self.model_extra or {})
-        made = _try_optimizer(self.name, arguments)
-        for group in self.groups:
-            try:
-                if group.name is not None:
-                    _try_optimizer(group.name, group.options)
-                    continue
-                for key in group.options:
-                    if key not in made.defaults:
-                        raise ValueError(f"{self.name} has no argument {key!r}{nearest(key, made.defaults)}")
-                _try_optimizer(self.name, {**arguments, **group.options})
-            except ValueError as error:
-                raise ValueError(f"groups: match {group.match!r}: {error}") from error
-        return self
-
-    def build(self) -> partial[Optimizer]:
-        """Makes the optimizer of tensors, or of parameter groups."""
-        return partial(_optimizer_class(self.name), **(self.model_extra or {}))
-
-    def build_groups(self) -> tuple[ParameterGroup, ...]:
-        """The groups as the method takes them."""
-        return tuple(group.build() for group in self.groups)
-
-
-class LRScheduleConfig(_Component):
-    """A class of torch.optim.lr_scheduler, stepped at every step; all other keys are its arguments.
-
-    An argument given as the word `steps` becomes the number of steps that the schedule lasts: `for` so many, in a
-    sequence of schedules, or all that are left of the stage.
-    """
-
-    name: str
-    lasts: Annotated[Count, Field(ge=1)] | None = Field(None, alias="for")
-
-    @model_validator(mode="after")
-    def _known(self) -> LRScheduleConfig:
-        known = [
-            name
-            for name, cls in vars(torch.optim.lr_scheduler).items()
-            if isinstance(cls, type) and issubclass(cls, LRScheduler) and cls is not LRScheduler
-        ]
-        if self.name not in known:
-            raise ValueError(f"torch.optim.lr_scheduler has no {self.name!r}{nearest(self.name, known)}")
-        if self.name == "ReduceLROnPlateau" and (self.model_extra or {}).get("mode", "min") != "min":
-            raise ValueError("ReduceLROnPlateau goes by a value that is minimized: leave its mode away")
-        return self
-
-    def build(self, steps: int) -> partial[LRScheduler]:
-        """Makes the schedule of an optimizer, for so many steps."""
-        arguments = {key: steps if value == "steps" else value for key, value in (self.model_extra or {}).items()}
-        return partial(getattr(torch.optim.lr_scheduler, self.name), **arguments)
-
-
-Schedules = (
-    Annotated[
-        Annotated[LRScheduleConfig, Tag("[one]")] | Annotated[list[LRScheduleConfig], Tag("[sequence]")],
-        Discriminator(lambda given: "[sequence]" if isinstance(given, list) else "[one]"),
-    ]
-    | None
-)
-
-WALKED = 2_000_000
-"""Steps of a schedule, at most, that are taken to see whether it can take them; some microseconds each."""
-
-
-def build_schedule(given: Schedules, steps: int) -> Callable[[Optimizer], LRScheduler] | None:
-    """Makes the schedule of an optimizer, or one after the other, for a stage of so many steps; None without.
-
-    Raises:
-        ValueError: a sequence does not say how long its schedules last, or they last longer than the stage.
-    """
-    if given is None:
-        return None
-    parts = given if isinstance(given, list) else [given]
-    if not parts:
-        raise ValueError("an empty sequence; give schedules, or null")
-    *first, last = parts
-    if last.lasts is not None:
-        raise ValueError(f"the last schedule, {last.name}, lasts to the end of the stage: leave its `for` away")
-    if len(parts) > 1 and any(part.name == "ReduceLROnPlateau" for part in parts):
-        raise ValueError("ReduceLROnPlateau goes by evaluations, and cannot stand in a sequence, which goes by steps")
-    lengths = [part.lasts or 0 for part in first]
-    if not all(lengths):
-        raise ValueError(f"{first[lengths.index(0)].name}: say `for` how many steps it lasts, such as for: 100")
-    if sum(lengths) >= max(steps, 1):
-        raise ValueError(f"the schedules before {last.name} last {sum(lengths)} steps, and the stage has {steps}")
-    made = [part.build(length) for part, length in zip(parts, [*lengths, steps - sum(lengths)], strict=True)]
-    return made[0] if not first else partial(_in_sequence, made, list(itertools.accumulate(lengths)))
-
-
-def _in_sequence(
-    schedules: Sequence[Callable[[Optimizer], LRScheduler]], milestones: list[int], optimizer: Optimizer
-) -> LRScheduler:
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [make(optimizer) for make in schedules], milestones)
-
-
-def _check_schedule(given: Schedules, steps: int, optimizer: OptimizerConfig) -> None:
-    """Takes the steps of a schedule.
-
-    Raises:
-        ValueError: it cannot take them, or does not take its arguments.
-    """
-    make = build_schedule(given, steps)
-    if make is None or not steps or given is None:
-        return
-    parts = given if isinstance(given, list) else [given]
-    try:
-        # An argument may be a list, one value for each group; how many there are, the problem may say.
-        lists = [value for part in parts for value in (part.model_extra or {}).values() if isinstance(value, list)]
-        groups = range(max(map(len, lists), default=1) or 1)
-        schedule = make(optimizer.build()([{"params": [torch.zeros(2, 2)]} for _ in groups]))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the optimizer takes no step
-            for _ in range(0 if isinstance(schedule, ReduceLROnPlateau) else min(steps, WALKED)):
-                schedule.step()
-    except Exception as error:
-        names = " then ".join(part.name for part in parts)
-        hints = [_argument(getattr(torch.optim.lr_scheduler, part.name), part) for part in parts]
-        hint = next(filter(None, hints), "")
-        said = f"{type(error).__name__}: {error}" if isinstance(error, ArithmeticError) else str(error)
-        raise ValueError(f"{names} does not take {steps} steps with these arguments: {said}{hint}") from error
-
-
-def _a_bound(value: Any) -> Any:
-    if isinstance(value, int | float):
-        raise ValueError(f"write {{norm: {value}}} or {{value: {value}}}")
-    return value
-
-
-class ClipConfig(_Section):
-    """Bounds of each member's gradient, as clip_grad_norm_ and clip_grad_value_ have them: one of the two."""
-
-    norm: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
-    value: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> ClipConfig:
-        if (self.norm is None) == (self.value is None):
-            raise ValueError("give norm or value")
-        return self
-
-    def build(self) -> Clip:
-        """As the method takes it."""
-        return Clip(self.norm, self.value)
-
-
-class GradientConfig(BaseModel):
-    """What makes an update of the losses' gradients, by `popmtl.method.gradients`; other keys are its arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @model_validator(mode="after")
-    def _constructs(self) -> GradientConfig:
-        try:
-            update = self.build(2)()(torch.eye(2), torch.full((2,), 0.5))
-            if update.shape != (2,):
-                raise ValueError(f"it gives an update of shape {tuple(update.shape)}")
-        except ImportError as error:
-            raise ValueError(f"{self.name} is TorchJD's: pip install 'popmtl[rivals]' ({error})") from error
-        except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"no gradient method {self.name!r} with these arguments: {error}") from error
-        return self
-
-    def build(self, tasks: int) -> partial[GradientMethod]:
-        """Makes the method for so many losses."""
-        return partial(gradient_method, self.name, tasks, **(self.model_extra or {}))
-
-
-class StopConfig(_Section):
+class StopConfig(Section):
     """When MTGD ends before its last step."""
 
     patience: Annotated[Count, Field(ge=1)] | None = None
-    min_improvement: Annotated[Number, Field(ge=0, allow_inf_nan=False)] = 0.0
-    max_hours: Annotated[Number, Field(gt=0, allow_inf_nan=False)] | None = None
+    min_improvement: Annotated[Number, Field(ge=0)] = 0.0
+    max_hours: Annotated[Number, Field(gt=0, le=1e6)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> StopConfig:
@@ -382,14 +150,14 @@ class StopConfig(_Section):
         return Stop(self.patience, self.min_improvement, self.max_hours)
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The MTGD stage."""
 
-    steps: Annotated[Count, Field(ge=0)] = 1000
+    steps: Steps = 1000
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Schedules = None
-    clip: Annotated[ClipConfig | None, BeforeValidator(_a_bound)] = None
-    accumulate: Annotated[Count, Field(ge=1)] = 1
+    clip: Annotated[ClipConfig | None, BeforeValidator(clip_bound)] = None
+    accumulate: Annotated[Whole, Field(ge=1, le=MOST_ACCUMULATED)] = 1
     gradient: GradientConfig | None = None
     evaluate_every: Annotated[Count, Field(ge=1)] = 50
     stop: StopConfig | None = None
@@ -402,7 +170,7 @@ class TrainConfig(_Section):
     @classmethod
     def _takes_the_steps(cls, given: Schedules, info: ValidationInfo) -> Schedules:
         if {"steps", "optimizer"} <= set(info.data):  # or they are wrong themselves
-            _check_schedule(given, info.data["steps"], info.data["optimizer"])
+            check_schedule(given, info.data["steps"], info.data["optimizer"])
         return given
 
     @model_validator(mode="after")
@@ -414,7 +182,7 @@ class TrainConfig(_Section):
         return self
 
 
-class TransferConfig(_Section):
+class TransferConfig(Section):
     """The transfer coefficients, their schedule, and the transport that moves the rows."""
 
     order: Literal[ORDERS] = "consensus"  # type: ignore[valid-type]
@@ -423,7 +191,7 @@ class TransferConfig(_Section):
     width: Annotated[Number, Field(gt=0)] = 0.3
     nearest: Annotated[Count, Field(ge=1)] = 2
     strength: Annotated[Number, Field(ge=0, le=1)] = 0.5
-    matrix: str | None = None
+    matrix: Text | None = None
     schedule: Literal[SCHEDULES] = "linear"  # type: ignore[valid-type]
     final: Annotated[Number, Field(ge=0, le=1)] = 0.0
     until: Annotated[Number, Field(gt=0, le=1)] = 0.3
@@ -441,14 +209,14 @@ class TransferConfig(_Section):
         return self
 
 
-class FineTuneConfig(_Section):
+class FineTuneConfig(Section):
     """The Aligned-MTL stage, for each model alone; 0 steps leave it out."""
 
     steps: Annotated[Count, Field(ge=0)] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_schedule: Schedules = None
-    clip: Annotated[ClipConfig | None, BeforeValidator(_a_bound)] = None
-    accumulate: Annotated[Count, Field(ge=1)] = 1
+    clip: Annotated[ClipConfig | None, BeforeValidator(clip_bound)] = None
+    accumulate: Annotated[Whole, Field(ge=1, le=MOST_ACCUMULATED)] = 1
     scale: Literal[SCALES] = "min"  # type: ignore[valid-type]
     variant: Literal["exact", "ub"] = "exact"
 
@@ -458,7 +226,7 @@ class FineTuneConfig(_Section):
         if isinstance(given, LRScheduleConfig) and given.name == "ReduceLROnPlateau":
             raise ValueError("ReduceLROnPlateau goes by evaluations, and this stage has none on its way")
         if {"steps", "optimizer"} <= set(info.data):
-            _check_schedule(given, info.data["steps"], info.data["optimizer"])
+            check_schedule(given, info.data["steps"], info.data["optimizer"])
         return given
 
     @model_validator(mode="after")
@@ -468,47 +236,52 @@ class FineTuneConfig(_Section):
         return self
 
 
-class ResourcesConfig(_Section):
+LEAST_GPU = 1e-4
+
+
+class ResourcesConfig(Section):
     """What each actor takes of the cluster, and how long things may take, in seconds."""
 
-    gpus_per_actor: Annotated[Number, Field(ge=0)] | None = None
+    gpus_per_actor: Annotated[Number, Field(ge=0, le=1e6)] | None = None
     cpus_per_actor: Annotated[Count, Field(ge=1)] = 1
     max_actors: Annotated[Count, Field(ge=1)] | None = None
     autoscaling: bool = False
-    start_timeout: Annotated[Number, Field(gt=0)] = 120.0
-    chunk_timeout: Annotated[Number, Field(gt=0)] = 600.0
+    start_timeout: Seconds = 120.0
+    chunk_timeout: Seconds = 600.0
 
     @model_validator(mode="after")
     def _consistent(self) -> ResourcesConfig:
+        if self.gpus_per_actor and self.gpus_per_actor < LEAST_GPU:
+            raise ValueError(f"gpus_per_actor {self.gpus_per_actor:g} is less than Ray divides a GPU into, {LEAST_GPU}")
         if self.autoscaling and (self.max_actors is None or self.gpus_per_actor is None):
             raise ValueError("autoscaling needs max_actors and gpus_per_actor: what the cluster is to start nodes for")
         return self
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When everything that a run needs to go on is written to its folder: at whichever comes first."""
 
     every_steps: Annotated[Count, Field(ge=1)] | None = None
-    every_minutes: Annotated[Number, Field(gt=0)] | None = 10.0
+    every_minutes: Annotated[Number, Field(gt=0, le=1e6)] | None = 10.0
     keep: Annotated[Count, Field(ge=1)] = 2
     keep_best: bool = False
 
 
-class RecoveryConfig(_Section):
+class RecoveryConfig(Section):
     """What a run survives."""
 
     max_failures: Annotated[Count, Field(ge=0)] = 3
     max_reseeds: Annotated[Count, Field(ge=0)] = MAX_RESEEDS
 
 
-class FrontConfig(_Section):
+class FrontConfig(Section):
     """How the front is measured."""
 
-    reference_point: list[float] | None = None
+    reference_point: list[Number] | None = None
     best: bool = False
 
 
-class TrackingConfig(_Section):
+class TrackingConfig(Section):
     """MLflow. Without a uri: MLFLOW_TRACKING_URI, or else an SQLite file in the storage folder."""
 
     enabled: bool = True
@@ -521,7 +294,7 @@ def _none_means_no_transfer(value: Any) -> Any:
     return {"strength": 0.0} if value in (None, "none") else value
 
 
-class Config(_Section):
+class Config(Section):
     """The config of one run.
 
     Attributes:
@@ -540,9 +313,9 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     tracking: TrackingConfig = TrackingConfig()
-    baseline: str | None = None
-    storage: str = "runs"
-    seed: Annotated[Count, Field(ge=0)] = 0
+    baseline: Text | None = None
+    storage: Text = "runs"
+    seed: Annotated[Whole, Field(ge=0, le=2**63 - 1)] = 0
 
     @field_validator("problem", mode="before")
     @classmethod
@@ -564,27 +337,36 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a config file and applies `key.path=value` overrides, their values read as YAML.
 
     Raises:
-        RequestError: no such file, not YAML, or keys and values that the config does not take, all of them listed.
+        RequestError: no such file, no YAML as `read_yaml` takes it, or keys and values that the config does not take,
+            all of them listed, or the first twenty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        data = read_yaml_file(path)
     except OSError as error:
         raise RequestError(f"config {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"config {path} is not UTF-8 text: {error}") from error
-    try:
-        data = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise RequestError(f"config {path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise RequestError(f"config {path}: {error}") from error
     if not isinstance(data, dict):
         raise RequestError(f"config {path}: expected keys and values, found {type(data).__name__}")
     for override in overrides:
         _override(data, override)
+    return validated(data, f"config {path}")
+
+
+def validated(data: Mapping[str, Any], where: str) -> Config:
+    """The config of plain data.
+
+    Args:
+        data: keys and values.
+        where: they are from, for the message.
+
+    Raises:
+        RequestError: keys and values that the config does not take, listed.
+    """
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(dict(data))
     except ValidationError as error:
-        lines = [_describe(details) for details in error.errors()]
-        raise RequestError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from error
+        raise RequestError(f"{where}:\n" + "\n".join(f"  {line}" for line in _complaints(error))) from error
 
 
 MAY_DEFAULT = ("population", "scalarization", "train", "transfer", "fine_tune", "front")
@@ -616,7 +398,7 @@ def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Config:
             mode="json", by_alias=True, exclude_unset=True, include=set(defaults)
         )
     except ValidationError as error:
-        raise RequestError("; ".join(f"defaults: {_describe(details)}" for details in error.errors())) from error
+        raise RequestError("; ".join(f"defaults: {line}" for line in _complaints(error))) from error
     said = config.model_dump(mode="json", by_alias=True, exclude_unset=True, include=set(MAY_DEFAULT))
     if "name" in said.get("scalarization", {}):
         given.pop("scalarization", None)
@@ -627,8 +409,7 @@ def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Config:
             {**dict(full), **full.model_dump(mode="json", by_alias=True, include=set(MAY_DEFAULT))}
         )
     except ValidationError as error:
-        lines = [_describe(details) for details in error.errors()]
-        raise RequestError(f"defaults do not go with this config: {'; '.join(lines)}") from error
+        raise RequestError(f"defaults do not go with this config: {'; '.join(_complaints(error))}") from error
 
 
 def taken(config: Config, full: Config) -> dict[str, Any]:
@@ -687,25 +468,22 @@ def resumed_config(own: Mapping[str, Any], given: str | Path | None, overrides: 
     Raises:
         RequestError: keys that may not change differ, all of them listed.
     """
-    config = Config.model_validate(dict(own))
+    config = validated(own, "config.yaml of the run")
     data = config.resolved()
     if given:  # what it leaves to the problem's defaults, the run has already
         said = load_config(given).model_dump(mode="json", exclude_unset=True)
         data |= {key: {**data[key], **value} if key in MAY_DEFAULT else value for key, value in said.items()}
     for override in overrides:
         _override(data, override)
-    try:
-        asked = Config.model_validate(data)
-    except ValidationError as error:
-        raise RequestError("\n".join(_describe(details) for details in error.errors())) from error
+    asked = validated(data, "the run's config with what the request changes")
     before, after = _flat(config.resolved()), _flat(asked.resolved())
     changed = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
     if refused := [key for key in changed if not key.startswith(MAY_CHANGE)]:
-        lines = [f"  {key}: {before.get(key)!r} in the run, {after.get(key)!r} now" for key in refused]
+        lines = [f"  {key}: {shown(before.get(key))} in the run, {shown(after.get(key))} now" for key in refused]
         raise RequestError(
             "a run can only be resumed with its own config; these differ:\n"
-            + "\n".join(lines)
-            + f"\nonly these may: {', '.join(MAY_CHANGE)}"
+            + "\n".join(lines[:MOST_COMPLAINTS])
+            + f"\n  only these may: {', '.join(MAY_CHANGE)}"
         )
     return asked
 
@@ -723,31 +501,14 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _argument(cls: type, section: BaseModel) -> str:
-    """For the first key of a section that a class does not take: the argument that is close to it."""
-    known = list(inspect.signature(cls).parameters)
-    unknown = [key for key in section.model_extra or {} if key not in known]
-    return nearest(unknown[0], known) if unknown else ""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also reads 1e-3 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
-
-
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
+    said = f"override {shown(override)}"
     if not equals or not path:
-        raise RequestError(f"override {override!r}: write key.path=value, such as train.steps=100")
+        raise RequestError(f"{said}: write key.path=value, such as train.steps=100")
     *parents, last = path.split(".")
+    if not all((*parents, last)) or len(parents) >= DEEPEST or not is_printable(path):
+        raise RequestError(f"{said}: write key.path=value, with words between the dots")
     for depth, key in enumerate(parents, 1):
         if isinstance(data.get(key), str) and key == "problem":
             data[key] = {"name": data[key]}
@@ -755,26 +516,37 @@ def _override(data: dict[str, Any], override: str) -> None:
             data[key] = {}
         data = data[key]
         if not isinstance(data, dict):
-            raise RequestError(f"override {override!r}: {'.'.join(parents[:depth])} holds a value, not keys")
+            raise RequestError(f"{said}: {'.'.join(parents[:depth])} holds a value, not keys")
     try:
-        data[last] = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise RequestError(f"override {override!r}: the value is not YAML: {error}") from error
+        data[last] = read_yaml(text)
+    except ValueError as error:
+        raise RequestError(f"{said}: the value {error}") from error
+
+
+def _complaints(error: ValidationError) -> list[str]:
+    """A line for each complaint of pydantic, none too long, and not too many."""
+    found = error.errors(include_url=False)
+    lines = [cut(_describe(details), LONGEST_COMPLAINT) for details in found[:MOST_COMPLAINTS]]
+    return lines + [f"and {len(found) - len(lines):,} more"] * (len(found) > len(lines))
 
 
 def _describe(details: Any) -> str:
-    """One line for one complaint of pydantic: the key's path, what is wrong, what would be right."""
-    location = [str(part) for part in details["loc"] if not str(part).startswith(("list[", "literal[", "["))]
+    """The key's path, what is wrong, what would be right."""
+    *parents, last = [str(part) for part in details["loc"]] or ["config"]
+    tags = ("list[", "literal[", "[one]", "[sequence]")  # of the alternatives that pydantic has tried
+    if details["type"] not in ("extra_forbidden", "missing"):
+        parents, last = [*parents, last], ""
+    location = [part for part in parents if not part.startswith(tags)] + ([last] if last else [])
     key = ".".join(location)
     if details["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(location[-1], _keys_at(location[:-1]))}"
+        return f"{cut(key, 100)}: unknown key{nearest(location[-1], _keys_at(location[:-1]))}"
     if details["type"] == "missing":
         return f"{key}: missing"
     message = details["msg"]
     own = message.removeprefix("Value error, ")
     message = own if own != message else message[0].lower() + message[1:]
     given = details["input"]
-    return f"{key}: {message}" + ("" if isinstance(given, dict | BaseModel) else f", not {given!r}")
+    return f"{key}: {message}" + ("" if isinstance(given, dict | BaseModel) else f", not {shown(given)}")
 
 
 def _keys_at(path: Sequence[str]) -> list[str]:

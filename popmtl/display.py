@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from rich import console as rich_console
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from popmtl.method.front import Hypervolume, exact_points
 from popmtl.runs.baseline import SINGLE_TASK
@@ -22,6 +22,7 @@ from popmtl.runs.comparison import Comparison
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.front import Front
+from popmtl.text import in_bytes, printable
 
 if TYPE_CHECKING:  # they import Ray and torch
     from ray.job_submission import JobDetails
@@ -32,6 +33,27 @@ if TYPE_CHECKING:  # they import Ray and torch
 
 LINE_SECONDS = 10.0
 """Between two progress lines where there is no terminal."""
+
+
+def _plain(shown: Any) -> Any:
+    """Text as it is, without markup, and printable; anything else as it was."""
+    return Text(printable(shown)) if isinstance(shown, str) else shown
+
+
+class Console(rich_console.Console):
+    """A console for text from outside: nothing in it is markup, or controls the terminal."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's."""
+        super().print(*map(_plain, objects), **options)
+
+
+class _Table(Table):
+    def add_column(self, header: Any = "", *more: Any, **options: Any) -> None:
+        super().add_column(_plain(header), *more, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*map(_plain, cells), **options)
 
 
 class ProgressLine:
@@ -64,7 +86,7 @@ class ProgressLine:
             self.console.print(notice, style="yellow", highlight=False, soft_wrap=True)
         self.notices = len(progress.notices)
         if self.live:
-            self.live.update(line, refresh=True)
+            self.live.update(_plain(line), refresh=True)
         elif progress.stage != self.stage or time.monotonic() - self.shown >= LINE_SECONDS:
             self.console.print(line, highlight=False, soft_wrap=True)
             self.stage, self.shown = progress.stage, time.monotonic()
@@ -127,9 +149,9 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         lines.insert(3, ("baseline", own if config.baseline == SINGLE_TASK else config.baseline))
     if plan.defaults:
         lines.append(("of the problem", ", ".join(f"{key}={to_json(value)}" for key, value in plan.defaults.items())))
-    grid = Table.grid(padding=(0, 2))
+    grid = _Table.grid(padding=(0, 2))
     for name, value in lines:
-        grid.add_row(name, escape(value))
+        grid.add_row(name, value)
     console.print(grid)
     table = _table()
     for name in ("subproblem", f"weights of {', '.join(plan.objectives)}", "keeps of its own"):
@@ -163,8 +185,8 @@ def _optimizer(plan: RunPlan) -> str:
 def _memory(plan: RunPlan) -> str:
     """What an actor takes; apart what all its members share, where that is much."""
     constant = plan.rehearsal.constant_bytes
-    once = f"; of it {_bytes(constant)} of frozen parameters and buffers, once" if constant >= 2**20 else ""
-    return f"{_bytes(plan.memory_per_actor())} and activations, {_bytes(plan.memory_per_row())} a member more{once}"
+    once = f"; of it {in_bytes(constant)} of frozen parameters and buffers, once" if constant >= 2**20 else ""
+    return f"{in_bytes(plan.memory_per_actor())} and activations, {in_bytes(plan.memory_per_row())} a member more{once}"
 
 
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
@@ -302,8 +324,8 @@ def print_jobs(console: Console, jobs: Sequence[JobDetails]) -> None:
     console.print(table)
 
 
-def _table() -> Table:
-    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+def _table() -> _Table:
+    return _Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _share(share: float) -> str:
@@ -312,12 +334,5 @@ def _share(share: float) -> str:
 
 def _sent(plan: RunPlan) -> str:
     hosts, between = len(set(plan.placement.hosts)), plan.bytes_between_hosts_per_step()
-    return _bytes(plan.bytes_sent_per_step()) + (f", {_bytes(between)} of it between {hosts} hosts" if between else "")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    sent = in_bytes(plan.bytes_sent_per_step())
+    return f"{sent}, {in_bytes(between)} of it between {hosts} hosts" if between else sent

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST_NAME = 200
+"""What is compared of a name: the time goes with the square of it."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`: did you mean …?` for a name that is close to a known one, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1)
+    match = difflib.get_close_matches(name[:LONGEST_NAME], list(known), n=1)
     return f": did you mean {match[0]}?" if match else ""
 
 

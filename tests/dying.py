@@ -80,15 +80,19 @@ class Coordinator(coordinator.Coordinator):
         return Here(self.folder.name, self.plan.placement)
 
 
+TRAINED = "the last step of MTGD"
+
+
 class Killed(BaseException):
     """What ends every thread of a process that has been killed."""
 
 
 class Death:
-    """Comes at the n-th write or call after the last step of MTGD, in its middle, and leaves no thread alive."""
+    """Comes at a write or a call, before it, in its middle or after it, and leaves no thread alive."""
 
     def __init__(self, patch):
         self.left, self.armed, self.dead, self.seen, self.lock = 0, False, False, [], threading.RLock()
+        self.after = None
         for name in ("write", "append", "remove", "remove_folder"):
             patch.setattr(LocalStorage, name, self.hooked(name, getattr(LocalStorage, name)))
         death, made, self.sinks = self, MlflowSink.__init__, []
@@ -133,8 +137,8 @@ class Death:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.with_name(f".{path.name}.part").write_bytes(content[0][: len(content[0]) // 2])
                 raise
-            if kind == "append" and any(b'"trained"' in line for line in content):
-                self.armed = True
+            trained = kind == "append" and b'"trained"' in content[0]
+            self.armed |= self.after == (TRAINED if trained else f"{kind} {name}")
             after()
             return result
 
@@ -164,9 +168,10 @@ class Death:
             raise Killed
 
     @contextmanager
-    def at(self, count, *, armed=False):
-        """Dies at that operation of the block, if it has so many; gives a list that holds an entry if so."""
-        self.left, self.armed, self.dead, self.last, self.seen = count, armed, False, False, []
+    def at(self, count, after=TRAINED):
+        """Dies at the block's n-th operation after another, or after none; gives a list that holds an entry if so."""
+        self.left, self.armed, self.dead, self.last, self.seen = count, after is None, False, False, []
+        self.after = after
         self.sinks.clear()
         died = []
         try:

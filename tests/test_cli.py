@@ -307,6 +307,8 @@ def test_a_resume_with_a_config_that_was_edited_in_the_run_folder_is_refused(ear
     config = earlier.path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 7").replace("strength: 0.5", "strength: 0.4"))
     assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
+    assert "or its config was changed" in capsys.readouterr().err
+    assert main(["train", "--resume", str(earlier.path), "--trust"]) == BAD_REQUEST
     err = capsys.readouterr().err
     assert "seed: 0 in the checkpoint, 7 now" in err
     assert "transfer.strength: 0.5 in the checkpoint, 0.4 now" in err
@@ -361,6 +363,61 @@ def test_a_misspelt_command_line_shows_the_usage(arguments, capsys):
         main(arguments)
     assert end.value.code == BAD_REQUEST
     assert "usage: popmtl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ui", "--port", "99999999"], "'99999999': give a port from 1 to 65535"),
+        (["ui", "--port", "-1"], "'-1': give a port from 1 to 65535"),
+        (["train", "c.yaml", "--profile", "1" + "0" * 5000], "a number of steps"),
+        (["train", "c.yaml", "--address", "ray://"], "'ray://': give auto, HOST:PORT or ray://HOST:PORT"),
+        (["train", "c.yaml", "--address", "127.0.0.1:99999"], "'127.0.0.1:99999': give auto"),
+        (["train", "c.yaml", "--storage", ""], "--storage: is empty"),
+        (["train", "--resume="], "--resume: is empty"),
+        (["front", "\udc80"], "run: '\\udc80' is not UTF-8 text"),
+        (["front", "a\0"], "run: 'a\\x00' is not UTF-8 text"),
+        (["front", "x" * 10_000], "is too long"),
+        (["pick", "r", "--preference", "a\u202eb"], "'a\\u202eb': give numbers between commas"),
+        (["front", "r", "--\x1b[31m"], "unrecognized arguments: --\\u001b[31m"),
+    ],
+)
+def test_what_no_argument_can_be_is_refused_shortly(arguments, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == BAD_REQUEST
+    err = capsys.readouterr().err
+    assert says in err
+    assert len(err) < 8000
+    assert err.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "\u202ea", ".a", "mlflow.db", "a/b", "x" * 256])
+def test_a_name_that_no_run_can_have_is_refused_in_the_plan(refusal, no_ray, name):
+    said = refusal("--run-name", name, "--dry-run")
+    assert said.startswith("run name '")
+    assert said.isprintable()
+
+
+def test_the_name_of_the_config_must_do_where_none_is_given(config, no_ray, capsys, tmp_path):
+    hostile = tmp_path / "a\x1b[31m.yaml"
+    Path(config()).rename(hostile)
+    assert main(["train", str(hostile), "--dry-run"]) == BAD_REQUEST
+    assert "use printable characters only; or give a --run-name" in capsys.readouterr().err
+    assert main(["train", str(hostile), "--dry-run", "--run-name", "a"]) == OK
+
+
+def test_names_of_runs_from_elsewhere_are_shown_escaped(capsys, tmp_path):
+    for name in ("a\nfinished", "b\x1b[31m", "\u202ec", "[red]d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("problem: vlmop2\npopulation: {subproblems: 4}\n")
+        assert main(["front", str(tmp_path / name)]) == BAD_REQUEST
+        assert capsys.readouterr().err.count("\n") == 1
+    assert main(["runs", "--storage", str(tmp_path)]) == OK
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    for shown in ("a\\nfinished", "b\\u001b[31m", "\\u202ec", "[red]d"):
+        assert shown in out
 
 
 class Shell:

@@ -106,6 +106,53 @@ def test_all_other_keys_of_the_problem_are_its_parameters(load):
         ("resources: {max_actors: 0}", "resources.max_actors", "greater than or equal to 1, not 0"),
         ("tracking: {models: some}", "tracking.models", "'front', 'all' or 'none', not 'some'"),
         ("seed: -1", "seed", "greater than or equal to 0, not -1"),
+        ("seed: true", "seed", "valid integer, not True"),
+        ("seed: '7'", "seed", "valid integer, not '7'"),
+        ("seed: .nan", "seed", "finite number"),
+        ("seed: 1" + "0" * 30, "seed", "less than or equal to 9223372036854775807"),
+        ("scalarization: {mu: .inf}", "scalarization.mu", "finite number, not inf"),
+        ("scalarization: {rho: true}", "scalarization.rho", "valid number, not True"),
+        ("scalarization: {ideal_point: [.nan, 0]}", "scalarization.ideal_point.0", "finite number, not nan"),
+        ("front: {reference_point: [true, 1]}", "front.reference_point.0", "valid number, not True"),
+        ("transfer: {width: .nan}", "transfer.width", "not nan"),
+        ("train: {clip: {norm: .inf}}", "train.clip.norm", "finite number, not inf"),
+        ("train: {clip: {value: true}}", "train.clip.value", "valid number, not True"),
+        ("train: {accumulate: 1000000}", "train.accumulate", "less than or equal to 10000, not 1000000"),
+        ("checkpoint: {keep: 1" + "0" * 30 + "}", "checkpoint.keep", "less than or equal to 1000000000000"),
+        ("resources: {chunk_timeout: .inf}", "resources.chunk_timeout", "finite number"),
+        ("resources: {gpus_per_actor: 1e-9}", "resources", "gpus_per_actor 1e-09 is less than Ray divides a GPU into"),
+        ("train: {optimizer: {name: SGD, lr: .nan}}", "train.optimizer", "lr: must be finite, not nan"),
+        ("train: {optimizer: {name: SGD, lr: true}}", "train.optimizer", "lr: must be a number, not true"),
+        ("train: {optimizer: {name: Adam, betas: [0.9, .inf]}}", "train.optimizer", "betas: must be finite, not inf"),
+        (
+            "train: {optimizer: {name: Adam, betas: [true, 0.9]}}",
+            "train.optimizer",
+            "betas: must be a number, not true",
+        ),
+        ("train: {optimizer: {name: Adam, betas: []}}", "train.optimizer", "cannot train a row with these arguments"),
+        (
+            "train: {optimizer: {groups: [{match: x, lr: .nan}]}}",
+            "train.optimizer",
+            "groups: match 'x': lr: must be finite, not nan",
+        ),
+        (
+            "train: {lr_schedule: {name: StepLR, step_size: true}}",
+            "train.lr_schedule",
+            "step_size: must be a number, not true",
+        ),
+        (
+            "train: {lr_schedule: {name: StepLR, step_size: 1, gamma: .nan}}",
+            "train.lr_schedule",
+            "gamma: must be finite",
+        ),
+        (
+            "train: {lr_schedule: {name: MultiStepLR, milestones: [1, .inf]}}",
+            "train.lr_schedule",
+            "must be finite, not inf",
+        ),
+        ("train: {gradient: {name: aligned_mtl, scale: true}}", "train.gradient", "scale: must be a finite number"),
+        ("'[x': 1", "[x", "unknown key"),
+        ("storage: ''", "storage", "at least 1 character"),
         ("storage: 3", "storage", "valid string, not 3"),
     ],
 )
@@ -214,6 +261,41 @@ def test_overrides_change_keys_and_make_missing_ones(load):
     assert load(MINIMAL, "transfer=none").transfer.strength == 0
 
 
+def test_flags_of_optimizers_and_schedules_are_true_or_false(load):
+    load(MINIMAL + "train: {optimizer: {name: Adam, amsgrad: true, foreach: false, capturable: false}}")
+    load(MINIMAL + "train: {optimizer: {name: SGD, lr: 1, momentum: 0.9, nesterov: true}}")
+    load(MINIMAL + "train: {steps: 9, lr_schedule: {name: OneCycleLR, max_lr: 1, total_steps: 9, three_phase: true}}")
+
+
+def test_a_schedule_that_ends_after_more_steps_than_are_tried_is_refused(complaints):
+    (line,) = complaints(
+        MINIMAL + "train: {steps: 300000, lr_schedule: {name: OneCycleLR, max_lr: 1, total_steps: 200000}}"
+    )
+    assert "OneCycleLR ends after 200000 steps" in line
+
+
+def test_iterations_without_end_are_refused(complaints):
+    (line,) = complaints(MINIMAL + "train: {gradient: {name: MGDA, epsilon: 0, max_iters: 1000000000}}")
+    assert "max_iters: 1000000000 is beyond reason" in line
+
+
+def test_a_message_is_short_however_much_is_wrong(load):
+    with pytest.raises(RequestError) as refused:
+        load(MINIMAL + "".join(f"{'x' * 900}{i}: {i}\n" for i in range(300)))
+    assert len(str(refused.value)) < 10_000
+    assert "and 280 more" in str(refused.value)
+
+
+def test_what_yaml_surprises_with_is_refused_in_files_and_overrides(load):
+    for value in ("0100", "10:00", "1_000", "0x64"):
+        with pytest.raises(RequestError, match=f"config.yaml: line 3: {value} "):
+            load(f"{MINIMAL}train: {{steps: {value}}}")
+        with pytest.raises(RequestError, match=f"override 'train.steps={value}': the value line 1: {value} "):
+            load(MINIMAL, f"train.steps={value}")
+    with pytest.raises(RequestError, match="line 4: the key 'seed' stands there twice"):
+        load(MINIMAL + "seed: 1\nseed: 2")
+
+
 def test_the_last_override_of_a_key_counts(load):
     assert load(MINIMAL, "seed=1", "seed=2").seed == 2
 
@@ -224,6 +306,11 @@ def test_the_last_override_of_a_key_counts(load):
         ("train.steps", "override 'train.steps': write key.path=value"),
         ("=3", "override '=3': write key.path=value"),
         ("train.steps=[", r"override 'train.steps=\[': the value is not YAML"),
+        ("..=1", "override '..=1': write key.path=value, with words between the dots"),
+        (".".join("a" * 9999) + "=1", "write key.path=value, with words"),
+        ("problem.\udc80=1", "write key.path=value, with words"),
+        ("seed=\udc80", r"override 'seed=.udc80': the value is not UTF-8 text"),
+        ("population.weights.0=1", "override 'population.weights.0=1': population.weights holds a value"),
         ("storage.x=1", "override 'storage.x=1': storage holds a value, not keys"),
         ("train.stpes=4", "  train.stpes: unknown key: did you mean steps?"),
         ("train.steps=", "  train.steps: .*integer"),
@@ -232,7 +319,7 @@ def test_the_last_override_of_a_key_counts(load):
 )
 def test_a_mistaken_override_is_refused(load, override, says):
     with pytest.raises(RequestError, match=says):
-        load(MINIMAL + "storage: here", override)
+        load(MINIMAL + "storage: here", "population.weights=energy", override)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +334,7 @@ def test_a_file_that_holds_no_keys_is_refused(load, text, says):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(RequestError, match=r"absent\.yaml: No such file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(RequestError, match="Is a directory"):
+    with pytest.raises(RequestError, match="is a folder, and must be a file"):
         load_config(tmp_path)
 
 

@@ -3,24 +3,28 @@
 import asyncio
 import ctypes
 import errno
+import json
 import os
 import shutil
+import signal
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import dying
 import pytest
 import yaml
-from test_cli import runs_in_mlflow
+from test_cli import Shell, runs_in_mlflow, wait_for
 
 from popmtl.cli import BAD_REQUEST, FAILED, OK, main
 from popmtl.distributed import coordinator
 from popmtl.errors import RequestError
 from popmtl.runs import folder as run_folder
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import RunFolder, states
 from popmtl.runs.storage import LocalStorage, joined
+from popmtl.tracking.outbox import CURSOR, JOURNAL
 
 UNTRACKED = {"enabled": False}
 
@@ -162,9 +166,7 @@ def test_a_front_that_is_damaged_is_not_called_finished(config, here, tmp_path, 
     assert RunFolder(path).state() == "incomplete"
 
 
-def test_an_end_that_mlflow_missed_is_incomplete_until_track_has_brought_it(
-    config, here, tmp_path, capsys, monkeypatch
-):
+def test_an_end_that_mlflow_missed_is_incomplete_until_it_is_brought(config, here, tmp_path, capsys, monkeypatch):
     """The tracking server is away when the run ends, and when it is first asked for again."""
     monkeypatch.setattr("popmtl.tracking.mlflow_sink.AWAY_SECONDS", 0.3)
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
@@ -337,3 +339,65 @@ def test_a_storage_that_comes_back_in_time_ends_no_run(config, here, tmp_path, m
     folder = RunFolder(run)
     assert folder.state() == "finished"
     assert [record["step"] for record in folder.metrics()][:-1] == list(range(0, 3001, 50)), "lines have waited"
+
+
+def test_what_the_baseline_lacks_is_brought_with_the_run(config, here, tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    tracked = config(tracking={"models": "none"}, baseline="single_task", fine_tune={"steps": 0})
+    assert main(["train", tracked, "--run-name", "one"]) == OK
+    paths = [tmp_path / "runs" / name for name in ("one", "one-single_task")]
+    entries = {}
+    for path in paths:  # as if killed between front.json and all else
+        journal, cursor, events = (path / name for name in (JOURNAL, CURSOR, "events.jsonl"))
+        lines = journal.read_text().splitlines(keepends=True)
+        entries[path] = [entry["kind"] for entry in RunFolder(path).lines(JOURNAL)]
+        first = entries[path].index("front")
+        journal.write_text("".join(lines[:first]))
+        cursor.write_text(json.dumps(json.loads(cursor.read_text()) | {"count": first}))
+        events.write_text("".join(line for line in events.open() if '"finished"' not in line))
+    assert states([RunFolder(path) for path in paths]) == ["incomplete"] * 2
+    assert main(["track", str(paths[0])]) == OK
+    assert states([RunFolder(path) for path in paths]) == ["finished"] * 2
+    for path in paths:
+        assert [entry["kind"] for entry in RunFolder(path).lines(JOURNAL)] == entries[path]
+    _, runs = runs_in_mlflow(tmp_path / "runs")
+    assert Counter(one.info.status for one in runs) == {"FINISHED": 4 + 3}
+
+
+HOOK = """
+import os, signal, sys
+front = os.environ["KILLED_AFTER"]
+def hook(event, arguments):
+    if event == "open" and os.path.exists(front):  # whichever process: the coordinator is the first to open a file then
+        os.kill(os.getpid(), signal.SIGKILL)
+if not os.path.exists(front):
+    sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_after_its_front_is_finished_by_one_command(tmp_path):
+    shell = Shell(tmp_path)
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    front = tmp_path / "runs" / "one" / "pareto" / "front.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("KILLED_AFTER", str(front))
+        data = {"train": {"steps": 200, "evaluate_every": 50}, "tracking": {"models": "all"}}
+        broken = shell.start(**data)
+        wait_for(broken, front.exists, 240)
+        os.killpg(broken.pid, signal.SIGKILL)
+        broken.communicate(timeout=60)
+    assert shell.survivors(30.0) == []
+    assert shell.run.state() == "incomplete"
+    assert main(["train", "--resume", str(shell.run.path)]) == OK
+    assert shell.run.state() == "finished"
+    client, (parent, *members) = runs_in_mlflow(tmp_path / "runs")
+    assert [one.info.status for one in (parent, *members)] == ["FINISHED"] * 5
+    for one in members:
+        assert len(client.get_metric_history(one.info.run_id, "objective/f1")) == 1
+        assert len(client.get_metric_history(one.info.run_id, "val/loss/f1")) == 5
+        assert [file.path for file in client.list_artifacts(one.info.run_id, "model")] == ["model/model.safetensors"]
+    assert len(client.get_metric_history(parent.info.run_id, "objective/hypervolume")) == 1

@@ -120,6 +120,52 @@ class Planted(NoisyRegression):
         return super().losses(model, batch)
 
 
+KINDS = ("loss", "gradient", "parameter", "huge parameter", "buffer", "moment")
+
+
+class PlantedInAllPlaces(NoisyRegression):
+    """Subproblem i + 1 gets what the i-th of `KINDS` says, at some steps; fails where another row has anything of it.
+
+    Args:
+        steps: at which it is planted.
+        seed: of the run.
+        subproblems: of the run.
+    """
+
+    def __init__(self, steps, seed=3, subproblems=8):
+        super().__init__()
+        self.steps = steps
+        self.row_of = {subproblem_seed(seed, i): i for i in range(subproblems)}
+
+    def batches(self, seed):
+        row = self.row_of.get(seed, 0)
+        kind = KINDS[row - 1] if 1 <= row <= len(KINDS) else None
+        for t, batch in enumerate(super().batches(seed)):
+            yield {**batch, "row": row, "plant": kind if t in self.steps else None}
+
+    def losses(self, model, batch):
+        weight, mean = model["trunk"][0].weight, model["trunk"][1].running_mean
+        for name, value in model.named_parameters():
+            if not value.isfinite().all() or value.abs().max() > 1e3:
+                raise AssertionError(f"{name} of subproblem {batch.get('row')} has something of another row")
+        plant = batch.get("plant")
+        if batch.get("row", 0) != KINDS.index("buffer") + 1 and not mean.isfinite().all():
+            raise AssertionError(f"a buffer of subproblem {batch.get('row')} has something of another row")
+        with torch.no_grad():
+            if plant in ("parameter", "huge parameter"):
+                weight[0, 0] = float("nan") if plant == "parameter" else 1e12
+            if plant == "buffer":
+                mean.fill_(float("nan"))
+        f = super().losses(model, batch)
+        if plant == "loss":
+            return f * float("nan")
+        if plant == "gradient":
+            return f + (weight.sum() * 0).sqrt() * 0
+        if plant == "moment":  # the square of this slope is beyond all bounds, Adam's step by it is none
+            return f + 1e25 * (weight.sum() - weight.sum().detach())
+        return f
+
+
 class ReadsLate(NoisyRegression):
     """Its backward pass reads a parameter, the second layer of the trunk, after the gradient of that is complete."""
 

@@ -41,6 +41,7 @@ from popmtl.method.course import Course, Observation
 from popmtl.method.delta_m import delta_m
 from popmtl.method.fine_tuning import STABILITY, FineTuned
 from popmtl.method.front import Hypervolume, measured_hypervolume, non_dominated
+from popmtl.method.mtgd import Departure
 from popmtl.method.population import metric_columns, objective_matrix
 from popmtl.method.problem import Direction, Evaluation, Split
 from popmtl.method.replica import Marks, first_difference
@@ -488,6 +489,7 @@ class Coordinator:
             self._took(self.course.step, start, steps, chunk.first, first)
             self.course.leave([departed for step in steps for departed in step.departures])
             if due:
+                self._left([one for left in await self.crew.all("inspect") for one in left])
                 await self._reseed()
                 await self._observe()
             if self.course.stopped:
@@ -553,7 +555,7 @@ class Coordinator:
         if self.resumption and self.resumption.fine_tuned is not None:
             done = self.resumption.fine_tuned
         else:
-            await self.crew.all("start_fine_tuning", self.course.ideal)
+            self._left([one for left in await self.crew.all("start_fine_tuning", self.course.ideal) for one in left])
         longest, start, before = 1, time.monotonic(), done
         while done < total:
             n = min(self._until_checkpoint(trained + done, longest), total - done)
@@ -564,7 +566,9 @@ class Coordinator:
             await self._commit(wait=False)
             if self._checkpoint_due(trained + done):
                 await self._start_checkpoint(done)
-        fine_tuned: list[FineTuned] = _in_order(await self.crew.all("finish_fine_tuning"))
+        finished = await self.crew.all("finish_fine_tuning")
+        fine_tuned: list[FineTuned] = _in_order([tuned for tuned, _ in finished])
+        self._tell_of([one for _, left in finished for one in left])  # back to what they were before
         figures: dict[str, list[float | None]] = {
             "scalarized_before": [one.before for one in fine_tuned],
             "scalarized_after": [one.after for one in fine_tuned],
@@ -593,7 +597,9 @@ class Coordinator:
         if plan.config.front.best and course.best.step != steps:
             try:
                 await self._write_best()
-            except (ActorLost, RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
+            except ActorLost:
+                raise  # to be recovered from: the run would end without what another has
+            except (RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
                 await asyncio.to_thread(self.folder.files.remove_folder, BEST)
                 self._event("no best front", step=course.best.step, why=describe_failure(error))
         if self.sink:
@@ -642,6 +648,7 @@ class Coordinator:
     ) -> Front:
         """The front of the rows as they are, evaluated on the test split and on validation."""
         plan, lost = self.plan, course.out
+        validation = [replace_by_nan(one) if i in lost else one for i, one in enumerate(validation)]
         F = objective_matrix(evaluations)
         metrics = dict(plan.metrics)
         if plan.reference:
@@ -735,7 +742,22 @@ class Coordinator:
             self.meeting = None
 
     async def _evaluations(self, split: str) -> list[Evaluation]:
-        return _in_order(await self.crew.all("evaluate", split))
+        answers = await self.crew.all("evaluate", split)
+        self._left([one for _, left in answers for one in left])
+        return _in_order([evaluations for evaluations, _ in answers])
+
+    def _left(self, departures: Sequence[Departure]) -> None:
+        """Rows have left the population.
+
+        Raises:
+            FloatingPointError: none is left.
+        """
+        self._tell_of(departures)
+        self.course.leave(departures)
+
+    def _tell_of(self, departures: Sequence[Departure]) -> None:
+        for departed in departures:
+            self._event("left", step=departed.step, subproblem=departed.subproblem, why=departed.why)
 
     def _enter(self, stage: Stage, steps: int) -> None:
         self.now = replace(self.now, stage=stage, step=0, steps=steps, steps_per_second=None)
@@ -746,8 +768,7 @@ class Coordinator:
             self.course.means.add(rows, taken.curves)
         if steps[0].traced:
             self._profiled(steps[0].traced)
-        for departed in (departed for taken in steps for departed in taken.departures):
-            self._event("left", step=departed.step, subproblem=departed.subproblem, why=departed.why)
+        self._tell_of([one for taken in steps for one in taken.departures])
         finite = losses[np.isfinite(losses)]
         self.now = replace(
             self.now,
@@ -770,6 +791,11 @@ def describe_failure(error: BaseException) -> str:
     if isinstance(cause, RunError | FloatingPointError | ValueError | TimeoutError | ConnectionError):
         return str(cause)
     return f"{type(cause).__name__}: {cause}"
+
+
+def replace_by_nan(evaluation: Evaluation) -> Evaluation:
+    """That of a model which is no longer there."""
+    return Evaluation(torch.full_like(evaluation.objectives, math.nan), dict.fromkeys(evaluation.metrics, math.nan))
 
 
 def _in_order(results: Sequence[Sequence[Any]]) -> list[Any]:

@@ -16,9 +16,11 @@ from uuid import uuid4
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.job_config import JobConfig
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from popmtl import modules
 from popmtl.distributed import session
 from popmtl.distributed.coordinator import Coordinator, describe_failure
 from popmtl.distributed.crew import group_prefix, nodes_now
@@ -55,18 +57,22 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray gives its workers a low priority (15): beside any other busy process, training would all but stop.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Workers import the user's problem from where the command was given, as the driver does.
+    # Workers import modules from where the driver does, in the same order.
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
     # Ray hands the interpreter to a shell as it is; without quotes, a space in its path starts no worker at all.
     environment["py_executable"] = shlex.quote(sys.executable)
+    options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": environment}
+    if address:
+        folders = {
+            "env_vars": {modules.FOLDERS: modules.folders()},
+            "worker_process_setup_hook": "popmtl.modules.look_in_folders",
+        }
+        options = {"runtime_env": folders}
     with ExitStack() as stack:
         try:
             if address:
                 _knock(address)
-                stack.enter_context(session.session(address))
-            else:
-                options = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": environment}
-                stack.enter_context(session.session(None, **options))
+            stack.enter_context(session.session(address, job_config=_Job(), **options))
         except Exception as error:  # Ray raises some that are of no kind
             said = " ".join(str(error).split())
             if address:
@@ -74,6 +80,18 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
                 raise RequestError(f"--address {address}: no Ray cluster answers there: {said}{token}") from error
             raise RunError(f"Ray did not start on this machine: {said}") from error
         yield nodes_now()
+
+
+class _Job(JobConfig):
+    """Ray would have workers take modules from the current folder before those that are installed."""
+
+    @property
+    def _py_driver_sys_path(self) -> list[str]:
+        return []
+
+    @_py_driver_sys_path.setter
+    def _py_driver_sys_path(self, folders: list[str]) -> None:
+        """Leaves it empty."""
 
 
 def _knock(address: str) -> None:

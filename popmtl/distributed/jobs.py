@@ -21,6 +21,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from popmtl import __version__
 from popmtl.errors import RequestError, RunError
+from popmtl.runs.trust import without_credentials
 
 T = TypeVar("T")
 
@@ -64,8 +65,12 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(address)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and address.isprintable()
+        except ValueError:  # a port out of range, or brackets without an address between them
+            good = False
+        if not good or " " in address:
             raise RequestError(f"--address {address}: give that of Ray's dashboard, such as http://127.0.0.1:8265")
         for name in CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -87,7 +92,7 @@ class Jobs:
             RequestError: there is a job of this id already, or the folder cannot be shipped.
         """
         job = re.sub(r"[^\w.-]+", "-", job)
-        environment = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+        environment = {name: without_credentials(os.environ[name]) for name in FORWARDED if os.environ.get(name)}
         environment["RAY_JOB_STOP_WAIT_TIME_S"] = str(STOP_SECONDS)
         environment["PYTHONUNBUFFERED"] = "1"
         command = ["python", "-m", "popmtl", "train", *arguments, "--address", "auto"]

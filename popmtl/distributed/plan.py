@@ -22,6 +22,7 @@ from popmtl.config import Config, build_schedule, decisive, single_task, taken, 
 from popmtl.distributed.mixing.collective import BUFFER_BYTES, Routes, find_routes
 from popmtl.distributed.mixing.shared_memory import shared_bytes
 from popmtl.distributed.placement import Nodes, Placement, place
+from popmtl.distributed.size import check_counts, check_model
 from popmtl.distributed.transport import Transport, choose_overlap, choose_transport
 from popmtl.errors import RequestError
 from popmtl.method.course import Stop
@@ -45,6 +46,8 @@ Matrix = NDArray[np.float64]
 NAME = re.compile(r"[\w\-. :/]+")
 """What MLflow takes as the name of a metric, where it also is a path that stays as it is."""
 LONGEST_NAME = 200
+MOST_OF_AN_ENTRY = 100
+"""Bytes of an entry of the transfer matrix as text."""
 
 SPLITS: tuple[Split, Split] = ("validation", "test")
 
@@ -186,8 +189,10 @@ class RunPlan:
         """Bytes of one more row in an actor: parameters, gradient, the optimizer's memory, own buffers, and mixing."""
         itemsize, rehearsal = self.recipe.dtype.itemsize, self.rehearsal
         mixing = self.width * (2 if self.recipe.mix_moments else 1)  # displacements, and what is put together
-        if self.transport.name == "coordinator":
-            mixing += self.width
+        if self.transport.name == "coordinator" or (
+            self.recipe.order == "consensus" and self.transport.name in ("shared_memory", "collective")
+        ):
+            mixing += self.width  # what is on its way, or the rows as they were before the step
         return (2 * self.parameters + mixing) * itemsize + rehearsal.memory_bytes + rehearsal.own_bytes
 
     def memory_per_actor(self) -> int:
@@ -234,7 +239,9 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     reference = None
     if config.baseline not in (None, SINGLE_TASK):
         reference = single_task_figures(RunFolder(config.baseline), objectives, problem.tasks)
+    check_counts(config, m)
     W = _about("population", lambda: _weights(config, m))
+    check_model(config, problem, len(W), nodes)
     if config.scalarization.name == "pbi" and not W.all():
         raise RequestError("population.weights: the pbi scalarization takes no weight of 0")
     M = _about("transfer", lambda: _coefficients(config, W))
@@ -460,7 +467,15 @@ def _coefficients(config: Config, W: Matrix) -> Matrix:
         return kernel_coefficients(W, transfer.kernel, transfer.strength, transfer.width, transfer.nearest)
     path = Path(transfer.matrix)
     try:
-        M = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",", ndmin=2)
+        size = path.stat().st_size
+        if not path.is_file() or size > MOST_OF_AN_ENTRY * (len(W) ** 2 + 100):
+            raise ValueError(f"no file of {len(W)} × {len(W)} numbers")
+        # Mapped: what the head of a file says of its shape is not believed before it is seen.
+        M = (
+            np.load(path, allow_pickle=False, mmap_mode="r")
+            if path.suffix == ".npy"
+            else np.loadtxt(path, delimiter=",", ndmin=2)
+        )
     except OSError as error:
         raise ValueError(f"matrix {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -506,7 +521,8 @@ def _transport(
 ) -> Transport:
     layout = rehearsal.layout
     width = _width(recipe, layout.transferring)
-    shared = shared_bytes(subproblems, layout.size, width, recipe.dtype.itemsize, recipe.mix_moments)
+    length = width if recipe.order == "consensus" else layout.size
+    shared = shared_bytes(subproblems, length, width, recipe.dtype.itemsize, recipe.mix_moments)
     name, why = choose_transport(config.transfer.transport, placement, shared)
     overlap, bucket_bytes = choose_overlap(name, recipe, rehearsal)
     return Transport(name, why, overlap, bucket_bytes)

@@ -115,14 +115,16 @@ class SubproblemActor:
         """
         torch.set_num_threads(plan.placement.cpus)
         problem = load_problem(plan.config.problem.name, plan.config.problem.parameters)
-        rows, mixing = self._transport(plan, coordinator, hosts, meeting, generation)
+        memory, mixing = self._transport(plan, coordinator, hosts, meeting, generation)
+        mixed_before = plan.recipe.order == "consensus"
         self.block = Block(
             problem,
             plan.placement.rows[self.rank],
             plan.W,
             plan.recipe,
             plan.placement.device,
-            rows=rows,
+            rows=None if mixed_before else memory,
+            taken=memory if mixed_before else None,
             bucket_bytes=plan.transport.bucket_bytes,
             examined=plan.examined,
         )
@@ -183,22 +185,29 @@ class SubproblemActor:
     def _transport(
         self, plan: RunPlan, coordinator: ActorHandle[Any], hosts: Sequence[str], meeting: str | None, generation: int
     ) -> tuple[Tensor | None, Mixing | None]:
-        """The memory that a transport wants the rows in, and the transport; None where the block needs none."""
+        """The memory for what a transport mixes, and the transport; None where the block needs none.
+
+        Under consensus these are the rows as they were before the step, of k×S; otherwise the rows themselves, of k×D,
+        which the transport may want somewhere.
+        """
         limit, dtype = plan.config.resources.chunk_timeout, plan.recipe.dtype
+        consensus, k = plan.recipe.order == "consensus", len(plan.placement.rows[self.rank])
         if plan.transport.name == "coordinator":
             return None, CoordinatorMixing(coordinator, self.rank, limit, plan.wire)
         if plan.transport.name == "shared_memory":
             assert meeting is not None  # rank 0 has made it
             staged = plan.recipe.mix_moments
             sizes = [len(held) for held in plan.placement.rows]
-            shared = SharedMemory(self.rank, sizes, plan.parameters, plan.width, dtype, limit, meeting, staged=staged)
+            length = plan.width if consensus else plan.parameters
+            shared = SharedMemory(self.rank, sizes, length, plan.width, dtype, limit, meeting, staged=staged)
             return shared.rows, Background(shared)
         if plan.transport.name == "collective":
             device = torch.device(plan.placement.device)
             place: Any = self.store if self.rank == 0 else meeting
             group = Group(place, generation, self.rank, len(hosts), hosts[self.rank], device, limit)
             product = Collective(group, plan.routes, plan.width, dtype, plan.wire)
-            return None, SideStream(product, device) if plan.placement.gpus else Background(product)
+            taken = torch.empty((k, plan.width), dtype=dtype, device=device) if consensus else None
+            return taken, SideStream(product, device) if plan.placement.gpus else Background(product)
         return None, None
 
     def run_steps(self, chunk: Chunk) -> Steps:
@@ -227,14 +236,20 @@ class SubproblemActor:
         curves = self.block.curves.take()
         return Steps(losses, seconds, waited, self.block.take_departures(), curves, stability, traced)
 
-    def evaluate(self, split: Split) -> list[Evaluation]:
-        """The rows' objective values and metrics."""
-        return self.block.evaluate(split)
+    def inspect(self) -> list[Departure]:
+        """Takes rows out that are not fit for others to start again from; these."""
+        self.block.inspect()
+        return self.block.take_departures()
 
-    def start_fine_tuning(self, ideal: NDArray[np.float64]) -> None:
-        """Enters the Aligned-MTL stage."""
+    def evaluate(self, split: Split) -> tuple[list[Evaluation], list[Departure]]:
+        """The rows' objective values and metrics; and the rows that left meanwhile."""
+        return self.block.evaluate(split), self.block.take_departures()
+
+    def start_fine_tuning(self, ideal: NDArray[np.float64]) -> list[Departure]:
+        """Enters the Aligned-MTL stage; the rows that left in the evaluation before it."""
         assert self.aligned is not None  # the coordinator asks only where the plan has the stage
         self.fine_tuning = FineTuning(self.block, self.aligned, ideal)
+        return self.block.take_departures()
 
     def fine_tune_steps(self, first: int, steps: int) -> Steps:
         """Takes steps of the stage."""
@@ -243,10 +258,10 @@ class SubproblemActor:
         losses, stability = self.fine_tuning.run(first, steps)
         return self._report(losses, time.perf_counter() - start, stability)
 
-    def finish_fine_tuning(self) -> list[FineTuned]:
-        """Leaves the stage, each model as it is better."""
+    def finish_fine_tuning(self) -> tuple[list[FineTuned], list[Departure]]:
+        """Leaves the stage, each model as it is better; and the rows that left in the last evaluation."""
         assert self.fine_tuning is not None  # it was started
-        return self.fine_tuning.finish()
+        return self.fine_tuning.finish(), self.block.take_departures()
 
     def recall(self, checkpoint: str, files: Sequence[WrittenFile]) -> None:
         """Has the rows as they were at a checkpoint of MTGD."""

@@ -102,9 +102,9 @@ class FineTuning:
         self.ideal = torch.as_tensor(ideal)
         self.optimizers = block.new_optimizers(recipe.optimizer, recipe.lr_schedule, recipe.groups)
         self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
-        self.lost = list(block.out)  # before the stage
         if resumed is None:
             self.before = block.evaluate("validation")
+            self.lost = list(block.out)  # before the stage
             self.saved = [take_model(block, i) for i in range(len(block.models))]
         else:
             put(block, self.optimizers, resumed)

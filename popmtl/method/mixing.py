@@ -21,7 +21,7 @@ until as many further columns have been mixed as a step mixes."""
 
 Mixing = Callable[[Tensor, Tensor], Callable[[], Tensor]]
 """A product in two halves: `mix(block, A)` starts it and returns a function that waits for it. The block must not
-change in between."""
+change in between, unless `mix` has taken all of it, as `eager` does."""
 
 
 def deferred(product: Product) -> Mixing:
@@ -29,6 +29,16 @@ def deferred(product: Product) -> Mixing:
 
     def mix(block: Tensor, A: Tensor) -> Callable[[], Tensor]:
         return lambda: product(block, A)
+
+    return mix
+
+
+def eager(product: Product) -> Mixing:
+    """The product as a mixing that does all its work when it is called."""
+
+    def mix(block: Tensor, A: Tensor) -> Callable[[], Tensor]:
+        result = product(block, A)
+        return lambda: result
 
     return mix
 

@@ -31,7 +31,8 @@ from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows, Rows
 from popmtl.method.gradients import GradientMethod, find_shared, task_gradients
-from popmtl.method.mixing import LocalProduct, Mixing, deferred
+from popmtl.method.health import Sizes, wrong_buffer, wrong_memory
+from popmtl.method.mixing import LocalProduct, Mixing, deferred, eager
 from popmtl.method.optimizers import (
     Clip,
     MakeOptimizer,
@@ -47,6 +48,7 @@ from popmtl.method.replica import (
     initial_constants,
     initial_model,
     load_exported,
+    own_constants,
     replicate,
     set_constants,
 )
@@ -84,6 +86,7 @@ class Recipe:
         replication: how the models of the rows are made.
         generators: which global random generators a step seeds, of "torch", "numpy" and "random".
         shared: names of the parameters that all losses share, see `find_shared`; None looks for them.
+        largest_step: by how much a step changes the norm of a row, as far as that is known before the first one.
         compiled: losses are taken through torch.compile, but where each has a backward pass of its own.
         backend: of torch.compile.
     """
@@ -103,6 +106,7 @@ class Recipe:
     replication: Replication = "copy"
     generators: tuple[str, ...] = ("torch", "numpy", "random")
     shared: tuple[str, ...] | None = None
+    largest_step: float = 0.0
     compiled: bool = False
     backend: str = "inductor"
 
@@ -147,8 +151,9 @@ class Departure:
 class Block:
     """k rows of the population: their models, data streams, and the optimizers of them.
 
-    A row whose loss, gradient or parameters are not finite leaves the population before it is mixed again: it is out,
-    NaN throughout, which the transports know, and takes no steps until it is re-seeded.
+    A row whose loss, gradient or parameters are not finite, or that has exploded (`Sizes`), leaves the population
+    before it is mixed again; one whose buffers or optimizers' memory are not finite before others are re-seeded from
+    it. It is out, NaN throughout, which the transports know, and takes no steps until it is re-seeded.
 
     Attributes:
         rows: the k×D block of X, contiguous; the models' parameters are views of it.
@@ -160,6 +165,9 @@ class Block:
         layout: of a row.
         buckets: the columns that step together; more than one only where adapt_then_combine overlaps.
         optimizers: of the rows.
+        taken: what others see of the rows in a step of consensus, (k, S): as they were before it, whatever the losses
+            write to parameters meanwhile. None where a mixing has taken all that it needs when it is called.
+        sizes: of the rows, by which one that explodes is known.
         curves: what steps told of themselves, until that is taken.
         out: for each row, whether it is out of the population.
         departures: of rows, since they were last taken from this list.
@@ -174,6 +182,7 @@ class Block:
         device: str = "cpu",
         *,
         rows: Tensor | None = None,
+        taken: Tensor | None = None,
         bucket_bytes: float = math.inf,
         examined: Examination | None = None,
     ) -> None:
@@ -186,6 +195,7 @@ class Block:
             recipe: how the rows train.
             device: where they live.
             rows: memory for them, (k, D), that a transport can reach; None takes some.
+            taken: memory for the attribute of this name, for a mixing that goes on while the losses are taken.
             bucket_bytes: least size of a bucket, of one row; infinite for a single one.
             examined: what the plan found out about the streams; None takes their state as it is, and draws none ahead.
         """
@@ -210,8 +220,12 @@ class Block:
         self.gradient_method = recipe.gradient() if recipe.gradient else None
         if self.gradient_method:
             self.shared = self.shared_columns()
-        self.mix_locally = deferred(LocalProduct())
+        # Of consensus it is the rows before the step that are mixed: the losses may write to them.
+        self.mix_locally = (eager if recipe.order == "consensus" else deferred)(LocalProduct())
+        self.taken = taken
         self.out = [False] * count
+        self.sizes = Sizes(count, recipe.largest_step)
+        self.last_step = 0
         self.departures: list[Departure] = []
         whole = recipe.clip and recipe.clip.norm is not None  # of all columns
         self.buckets = make_buckets(self.layout, self.rows.itemsize, math.inf if whole else bucket_bytes)
@@ -311,6 +325,7 @@ class Block:
             self.stacked = None
             self._watch(dict(self.models[-1].named_parameters()))
         self.feed.expect(len(chunk) * self.recipe.accumulate)
+        self.sizes.before = []  # rows may have been re-seeded since, or read from a checkpoint
         for t, factor in enumerate(chunk.factors.tolist(), chunk.first):
             A_t = factor * A if A is not None and factor > 0 else None
             losses.append(self.step(t, z, A_t, mix or self.mix_locally))
@@ -321,8 +336,13 @@ class Block:
     def step(self, t: int, z: Tensor, A_t: Tensor | None, mix: Mixing) -> Tensor:
         """One step of MTGD; A_t = M_t − I, (N, N), or None where nothing transfers. Returns the losses, (k, m)."""
         step = self.step_consensus if self.recipe.order == "consensus" else self.step_then_combine
+        self.last_step = t
+        if not self.sizes.before:
+            self.sizes.begin(self.rows)
         losses = step(t, z, A_t, mix)
         self.project()
+        for i, why in self.sizes.end(self.rows, self.out).items():
+            self.leave(i, t, f"{why.format(self.subproblems[i])} at step {t}")
         for departed in self.departures:  # not before all exchanges are over: others may read the row in place
             if departed.step == t:
                 self.rows[self.subproblems.index(departed.subproblem)] = math.nan
@@ -333,8 +353,7 @@ class Block:
         X = self.rows[:, : self.layout.transferring]
         exchange = None
         if A_t is not None:
-            self.blank(t, X)
-            exchange = mix(X, A_t)
+            exchange = mix(X if self.taken is None else self.taken.copy_(X), A_t)
 
         def advance(bucket: Bucket) -> None:
             displacement = exchange() if exchange else None
@@ -535,16 +554,39 @@ class Block:
     def blank(self, t: int, X: Tensor, moments: Sequence[Sequence[Tensor]] = ()) -> None:
         """Before columns of the k rows, and moments of them, are mixed: NaN where a row is out, or now leaves.
 
-        A row leaves if it is not finite. What others receive is then either finite, or NaN from its first entry on.
+        A row leaves if it is not finite, or has exploded. What others receive is then either as it should be, or NaN
+        from its first entry on.
         """
-        sums = sum((torch.stack([piece.sum() for piece in part]) for part in moments), X.sum(1))
-        for i, finite in enumerate(sums.isfinite().tolist()):
-            parts = [X[i], *(part[i] for part in moments)]
-            if not finite and not self.out[i] and not all(part.isfinite().all() for part in parts):
-                self.leave(i, t, f"the parameters of subproblem {self.subproblems[i]} are not finite at step {t}")
-            if self.out[i]:
-                for part in parts:
-                    part.fill_(math.nan)
+        wrong = self.sizes.judge(X, self.out)
+        for part in moments:
+            finite = torch.stack([piece.sum() for piece in part]).isfinite().tolist()
+            for i, piece in enumerate(part):
+                if not (finite[i] or self.out[i] or piece.isfinite().all()):
+                    wrong.setdefault(i, "the optimizer's memory of subproblem {} is not finite")
+        for i, why in wrong.items():
+            self.leave(i, t, f"{why.format(self.subproblems[i])} at step {t}")
+        for i in [i for i, out in enumerate(self.out) if out]:
+            X[i] = math.nan
+            for part in moments:
+                part[i].fill_(math.nan)
+
+    def inspect(self) -> None:
+        """Takes rows out whose buffers, or what their optimizers remember, are not finite.
+
+        Nothing of that is mixed, and few steps change whether it is so: it is asked where the population is evaluated,
+        before others are re-seeded from these rows.
+        """
+        for i in range(len(self.models)):
+            if not self.out[i]:
+                self._leave_if(i, self._wrong_buffer(i) or wrong_memory(self.optimizers.tensors(i)))
+
+    def _wrong_buffer(self, i: int) -> str | None:
+        return wrong_buffer(own_constants(self.models[i], self.initial, self.layout.names), self.initial)
+
+    def _leave_if(self, i: int, why: str | None) -> None:
+        if why:
+            self.leave(i, self.last_step, f"{why.format(self.subproblems[i])} at step {self.last_step}")
+            self.rows[i] = math.nan
 
     def leave(self, i: int, t: int, why: str) -> None:
         """Takes row i out."""
@@ -559,10 +601,11 @@ class Block:
     def reseed(self, i: int, state: Mapping[str, NDArray[Any]]) -> None:
         """Row i is in again: parameters and buffers as given, by name, its optimizer without memory.
 
-        Buffers that no state_dict has begin anew.
+        Buffers that no state_dict has, or that are not given, begin anew.
         """
         set_constants(self.models[i], {}, self.initial, self.layout.names)
-        load_exported(self.models[i], {name: torch.from_numpy(np.array(value)) for name, value in state.items()})
+        given = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+        load_exported(self.models[i], {**exported(self.models[i]), **given})
         self.optimizers.forget(i)
         self.out[i] = False
 
@@ -576,7 +619,10 @@ class Block:
             torch.clamp(self.rows, lower, upper, out=self.rows)
 
     def evaluate(self, split: Split) -> list[Evaluation]:
-        """The rows' objective values and metrics on a held-out split; all NaN of a row that is out."""
+        """The rows' objective values and metrics on a held-out split; all NaN of a row that is out, or then leaves.
+
+        The problem's own code may write to parameters and buffers here, too: a row leaves that is not finite any more.
+        """
         nothing = Evaluation(
             torch.full((len(self.problem.objectives),), math.nan, dtype=torch.float64),
             dict.fromkeys(self.problem.metrics, math.nan),
@@ -584,6 +630,11 @@ class Block:
         found = [
             nothing if out else self._evaluated(model, split) for model, out in zip(self.models, self.out, strict=True)
         ]
+        finite = self.rows.isfinite().all(1).tolist()
+        for i in [i for i, out in enumerate(self.out) if not out]:
+            whole = "the parameters of subproblem {} are not finite after an evaluation"
+            self._leave_if(i, self._wrong_buffer(i) if finite[i] else whole)
+            found[i] = nothing if self.out[i] else found[i]
         if split == "validation":
             self.awaited = [evaluation.objectives.tolist() for evaluation in found]
         return found

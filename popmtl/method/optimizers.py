@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from popmtl.method.buckets import Bucket
 from popmtl.method.flat import Layout
 from popmtl.method.problem import Problem
-from popmtl.method.trees import pack, unpack
+from popmtl.method.trees import pack, tensors_in, unpack
 
 MakeOptimizer = Callable[[list[Any]], Optimizer]
 """Makes an optimizer of tensors, or of parameter groups as torch takes them."""
@@ -519,6 +519,13 @@ class Optimizers:
         }
         plain, tensors = pack(state, "optimizer")
         return {"stepping": "rows", "row": plain}, tensors
+
+    def tensors(self, i: int) -> list[Tensor]:
+        """The tensors that row i's optimizers remember, as they are."""
+        if self.members:
+            optimizers = self.members[i].optimizers
+            return list(tensors_in([list(optimizer.state.values()) for optimizer in optimizers]))
+        return list(tensors_in([_state(optimizer, i) for optimizer, _ in self.whole]))
 
     def remember(self, i: int, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Puts back what `memory` returned, here or in another block.

@@ -85,6 +85,7 @@ def train_population(
 
     def observe() -> None:
         evaluations = block.evaluate("validation")
+        course.leave(block.take_departures())
         observation = course.observe(objective_matrix(evaluations), metric_columns(evaluations))
         if observed:
             observed(observation)
@@ -97,6 +98,8 @@ def train_population(
         course.leave(block.take_departures())
         since, began = began, time.monotonic()
         if course.advance(chunk, began - since):
+            block.inspect()
+            course.leave(block.take_departures())
             for start in course.reseedings():
                 total = Combination()
                 for j, share in start.shares.items():

@@ -28,7 +28,6 @@ from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.flat import Layout
 from popmtl.method.gradients import LOOKED_AT, find_shared, gradients_of, nudged
 from popmtl.method.measured import check_names
-from popmtl.method.mixing import LocalProduct, deferred
 from popmtl.method.mtgd import Block, Recipe
 from popmtl.method.optimizers import Member, Stepping, kept_elsewhere, make_optimizers, moment_names, steps_whole_rows
 from popmtl.method.problem import Problem, VectorProblem, evaluating, parted, reference_of, to_model
@@ -41,11 +40,11 @@ from popmtl.method.replica import (
     model_as_written,
     own_constants,
     python_state,
-    tensors_in,
 )
 from popmtl.method.snapshot import RowState, put, take
 from popmtl.method.stacked import why_not_stacked
 from popmtl.method.streams import Examination, Stream, first_batch, kept_generators, seed_generators
+from popmtl.method.trees import tensors_in
 
 STEPS = 3
 LONG = 1.0
@@ -86,6 +85,7 @@ class Rehearsal:
         constant_bytes: of frozen parameters, and buffers that training leaves alone: once an actor.
         own_bytes: of buffers that training changes: once a row.
         memory_bytes: of what the optimizer remembers of a row.
+        largest_step: by how much a step changes the norm of a row, at most.
         warnings: what is allowed, and the user should know.
     """
 
@@ -102,11 +102,18 @@ class Rehearsal:
     constant_bytes: int
     own_bytes: int
     memory_bytes: int
+    largest_step: float
     warnings: tuple[str, ...]
 
     def cast(self, recipe: Recipe) -> Recipe:
         """The recipe, with what the rehearsal decided."""
-        return replace(recipe, replication=self.replication, generators=self.generators, shared=self.shared)
+        return replace(
+            recipe,
+            replication=self.replication,
+            generators=self.generators,
+            shared=self.shared,
+            largest_step=self.largest_step,
+        )
 
 
 class Draw(NamedTuple):
@@ -484,6 +491,7 @@ class _Rehearsing:
             constant_bytes=constant,
             own_bytes=own,
             memory_bytes=optimizer_bytes,
+            largest_step=max(block.sizes.largest),
             warnings=tuple(notes),
         )
 
@@ -499,7 +507,7 @@ class _Rehearsing:
         before = [self._flat(model) for model in self.own]
         A = (self._coefficients() - torch.eye(len(self.rows))).to(block.rows)
         mixes = self.mixes and self.layout.moving and len(self.rows) > 1
-        losses = block.step(t, ideal, A if mixes else None, deferred(LocalProduct()))
+        losses = block.step(t, ideal, A if mixes else None, block.mix_locally)
         if any(block.out):
             if not t:
                 f = losses[block.out.index(True)]
@@ -703,7 +711,7 @@ class _Rehearsing:
         put(again, again.optimizers, states)
         for draws in self.draws:
             draws.clear()
-        losses = [one.step(STEPS, ideal, None, deferred(LocalProduct())) for one in (again, block)]
+        losses = [one.step(STEPS, ideal, None, one.mix_locally) for one in (again, block)]
         if kept or any(block.out):
             return
         if not torch.equal(*losses):

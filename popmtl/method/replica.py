@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from popmtl.method.problem import Problem
 from popmtl.method.streams import kept_generators, seed_generators
-from popmtl.method.trees import pack, unpack
+from popmtl.method.trees import pack, tensors_in, unpack
 
 Replication = Literal["copy", "build"]
 """How the model of a row is made: by a deep copy of the initial one, or by another call of `Problem.model`."""
@@ -318,15 +318,6 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
 
 OWN_OF_TORCH = frozenset(vars(nn.Module()))
-
-
-def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """The tensors in dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item, depth - 1)
 
 
 def python_state(model: nn.Module) -> dict[str, Any]:

@@ -43,24 +43,35 @@ def reseeding(M: Matrix, W: Matrix, i: int, present: NDArray[np.bool_]) -> Resee
 class Combination:
     """A convex combination of models, parameters and buffers by name, to which one is added after the other.
 
-    What is no floating-point number, such as a count of batches, is that of the model with the largest share.
+    What is no floating-point number, such as a count of batches, is that of the model with the largest share. A tensor
+    that is not finite in a model, as a mask of -∞ is, is not taken from it; where it is so in all, it is not there.
     """
 
     def __init__(self) -> None:
         self.largest = -1.0
         self.total: dict[str, NDArray[Any]] = {}
+        self.shares: dict[str, float] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
 
     def add(self, share: float, state: Mapping[str, NDArray[Any]]) -> None:
         """Adds a model with its share."""
         for name, value in state.items():
+            if not np.isfinite(value).all():
+                continue
             self.dtypes[name] = value.dtype
-            if np.issubdtype(value.dtype, np.floating):
-                self.total[name] = self.total.get(name, 0.0) + share * value.astype(np.float64)
+            if np.issubdtype(value.dtype, np.inexact):
+                wide = np.complex128 if np.iscomplexobj(value) else np.float64
+                self.total[name] = self.total.get(name, 0.0) + share * value.astype(wide)
+                self.shares[name] = self.shares.get(name, 0.0) + share
             elif share > self.largest:
                 self.total[name] = value
         self.largest = max(self.largest, share)
 
     def model(self) -> dict[str, NDArray[Any]]:
         """The combination, in the models' own dtypes."""
-        return {name: np.asarray(value, self.dtypes[name]) for name, value in self.total.items()}
+        whole = max(self.shares.values(), default=1.0)  # 1 but for rounding
+        found = {}
+        for name, value in self.total.items():
+            share = self.shares.get(name, whole)
+            found[name] = np.asarray(value if share == whole else value / (share / whole), self.dtypes[name])
+        return found

@@ -46,6 +46,7 @@ def take(block: Block, optimizers: Optimizers) -> list[RowState]:
         plain, _ = pack(awaited, "awaited")  # NaN of a row that is out
         stream, held = block.feed.state(i)
         numbers = {"optimizer": memory, "out": block.out[i], "awaited": plain, "stream": stream}
+        numbers["largest_step"] = block.sizes.largest[i]
         states.append(RowState(state.tensors | tensors | held, state.numbers | numbers))
     return states
 
@@ -62,6 +63,7 @@ def put(block: Block, optimizers: Optimizers, states: Sequence[RowState]) -> Non
     for i, state in enumerate(states):
         put_model(block, i, state)
         block.out[i] = state.numbers["out"]
+        block.sizes.largest[i] = state.numbers["largest_step"]
         optimizers.remember(i, state.numbers["optimizer"], state.tensors)
         block.feed.streams[i].restore(state.numbers["stream"], state.tensors)
         awaited.append(unpack(state.numbers["awaited"], {}))

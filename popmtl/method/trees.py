@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,3 +91,12 @@ def unpack(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
         values = [unpack(value, tensors) for value in content]
         return values if kind == "list" else tuple(values)
     raise ValueError(f"{kind} is no kind of a saved state")
+
+
+def tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item, depth - 1)

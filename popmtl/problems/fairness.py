@@ -14,6 +14,7 @@ from torch.nn import functional
 from popmtl.errors import RequestError
 from popmtl.method.problem import Direction, Problem, Split
 from popmtl.models.perceptron import perceptron
+from popmtl.problems.bounds import MOST_EXAMPLES, check_range
 from popmtl.problems.columns import (
     Inputs,
     check_inputs,
@@ -25,6 +26,7 @@ from popmtl.problems.columns import (
     usable_rows,
 )
 from popmtl.problems.table_files import read_columns
+from popmtl.text import shown
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Inputs, shape (batch, inputs); labels, 0 or 1, and membership of the group, both of shape (batch,), as numbers."""
@@ -182,8 +184,9 @@ class Fairness(Problem):
             raise RequestError(f"data is {data!r}, and must be one of: {', '.join(SOURCES)}")
         if measure not in MEASURES:
             raise RequestError(f"measure is {measure!r}, and must be one of: {', '.join(MEASURES)}")
-        if batch_size < 1 or sharpness <= 0 or any(width < 1 for width in hidden):
-            raise RequestError(f"batch_size {batch_size}, sharpness {sharpness} and hidden {hidden} must be positive")
+        check_range("batch_size", batch_size, 1, MOST_EXAMPLES)
+        if sharpness <= 0 or any(width < 1 for width in hidden):
+            raise RequestError(f"sharpness {sharpness} and hidden {shown(hidden)} must be positive")
         source = SOURCES[data]
         file = read_columns(data_file(path, f"give {source.where}"), source.names)
         frame = source.prepare(file.dropna(how="all"))

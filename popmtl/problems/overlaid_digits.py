@@ -17,9 +17,11 @@ from torch.nn import functional
 from popmtl.errors import RequestError
 from popmtl.method.problem import Direction, Problem, Split
 from popmtl.models.shared_trunk import SharedTrunk, lenet, mlp
+from popmtl.problems.bounds import MOST_EXAMPLES, check_range
 
 MODELS = {"mlp": mlp, "lenet": lenet}
 CLASSES = 10
+MOST_PIXELS = 1000
 HELD_OUT = 0.15
 """The share of the digit images kept for validation, and again for test."""
 EVALUATION_BATCH = 1000
@@ -78,10 +80,10 @@ class OverlaidDigits(Problem):
         if model not in MODELS:
             raise RequestError(f"model is {model!r}, and must be one of: {', '.join(MODELS)}")
         for name, value in {"batch_size": batch_size, "hidden": hidden, "pairs": pairs}.items():
-            if value < 1:
-                raise RequestError(f"{name} is {value!r}, and must be at least 1")
+            check_range(name, value, 1, MOST_EXAMPLES)
         if canvas < max(images.shape[1:]):
             raise RequestError(f"canvas is {canvas!r}, smaller than a digit, which has {max(images.shape[1:])} pixels")
+        check_range("canvas", canvas, 1, MOST_PIXELS)
         self._model, self._hidden = model, hidden
         self._canvas, self._white, self._batch_size = canvas, white, batch_size
         generator = torch.Generator().manual_seed(data_seed)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from popmtl import modules
 from popmtl.errors import RequestError, nearest
 from popmtl.method.problem import Problem
+from popmtl.text import shown
+
+logger = logging.getLogger(__name__)
 
 BUILT_IN = {
     "aligned_toy": "popmtl.problems.aligned_toy:AlignedToy",
@@ -49,30 +55,34 @@ def _find_class(name: str) -> type[Problem]:
     module_name, colon, class_name = BUILT_IN.get(name, name).partition(":")
     if not colon:
         raise RequestError(
-            f"there is no built-in problem {name!r}; there are {', '.join(BUILT_IN)}, and your own as "
+            f"there is no built-in problem {shown(name)}; there are {', '.join(BUILT_IN)}, and your own as "
             f"package.module:Class{nearest(name, BUILT_IN)}"
         )
+    other = modules.passed_over(module_name)
+    note = f"; it is {modules.located(module_name)}, which is installed, and not {other}: rename yours" if other else ""
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         # A module that is there may lack one that it imports; only the error's name tells the two apart.
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise RequestError(f"problem {name}: there is no module {error.name!r} on Python's path") from error
-        raise RequestError(f"problem {name}: importing {module_name} failed: {error}") from error
+        raise RequestError(f"problem {name}: importing {module_name} failed: {error}{note}") from error
     except Exception as error:
         raise RequestError(
-            f"problem {name}: importing {module_name} failed: {type(error).__name__}: {error}"
+            f"problem {name}: importing {module_name} failed: {type(error).__name__}: {error}{note}"
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
         raise RequestError(
-            f"problem {name}: module {module_name} has no {class_name!r}{nearest(class_name, vars(module))}"
+            f"problem {name}: module {module_name} has no {class_name!r}{note or nearest(class_name, vars(module))}"
         )
     if not (inspect.isclass(found) and issubclass(found, Problem)):
-        raise RequestError(f"problem {name}: {class_name} is not a subclass of popmtl.problems.Problem")
+        raise RequestError(f"problem {name}: {class_name} is not a subclass of popmtl.problems.Problem{note}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise RequestError(f"problem {name}: {class_name} does not define {missing}")
+    if note:
+        logger.warning("problem %s%s", name, note)
     return found
 
 
@@ -85,6 +95,35 @@ def _check_parameters(name: str, problem: type[Problem], parameters: Mapping[str
         for given in parameters:
             if given not in known:
                 raise RequestError(f"problem {name}: no parameter {given!r}; {takes}{nearest(str(given), known)}")
+    try:
+        hints = get_type_hints(problem.__init__)
+    except (AttributeError, NameError, TypeError):  # of names that are imported for type checkers alone
+        hints = {}
+    for key, value in parameters.items():
+        if says := _no_number(value, _kinds(hints.get(key))):
+            raise RequestError(f"problem {name}: {key} must be {says}, not {shown(value)}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in parameters]
     if missing:
         raise RequestError(f"problem {name}: needs {', '.join(missing)}; {takes}")
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a hint names, also those of a sequence's items."""
+    return {kind for part in get_args(hint) for kind in _kinds(part)} | ({hint} if isinstance(hint, type) else set())
+
+
+def _no_number(value: Any, kinds: set[Any]) -> str:
+    """What a parameter that is declared as a number, or numbers, must be and is not; "" where it may be right."""
+    if not kinds & {int, float}:
+        return ""
+    if isinstance(value, list):
+        return next(filter(None, (_no_number(item, kinds) for item in value)), "")
+    if isinstance(value, bool):
+        return "" if bool in kinds else "a number"
+    if isinstance(value, str):
+        return "" if str in kinds else "a number"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "finite"
+        return "" if float in kinds else "a whole number, without a point or an exponent"
+    return ""

@@ -22,12 +22,14 @@ from popmtl.models import pspnet, segnet
 from popmtl.models.mtan import Mtan
 from popmtl.models.pspnet import PspNet
 from popmtl.models.segnet import SegNet
+from popmtl.problems.bounds import MOST_EXAMPLES, check_range
 from popmtl.problems.dense import Depth, Instance, Normals, Segmentation, Task
 from popmtl.problems.scene_files import Maps, SceneFiles, Scenes, mirrored, stacked, zoomed
 
 MODELS = {"segnet": segnet.REDUCTION, "mtan": segnet.REDUCTION, "pspnet": pspnet.REDUCTION}
 """The models, each with what the height and width of an image must be multiples of."""
 SCALES = (1.0, 1.2, 1.5)
+MOST_CHANNELS, MOST_CLASSES = 10_000, 1000
 """How much nearer a training image may be brought."""
 
 
@@ -84,10 +86,8 @@ class SceneProblem(Problem):
         if model not in MODELS:
             raise RequestError(f"model is {model!r}, and must be one of: {', '.join(MODELS)}")
         least = 2 if model == "pspnet" else 1  # its coarsest pool has one value an image, and BatchNorm needs two
-        if batch_size < least or width < 1:
-            raise RequestError(
-                f"batch_size {batch_size} must be at least {least} for {model}, and width {width} at least 1"
-            )
+        check_range(f"batch_size for {model}", batch_size, least, MOST_EXAMPLES)
+        check_range("width", width, 1, MOST_CHANNELS)
         if weights is not None and (model != "pspnet" or width != 64):
             raise RequestError("weights are those of ResNet-50: they need model pspnet and width 64")
         if weights is not None and not Path(weights).is_file():
@@ -330,8 +330,7 @@ class Cityscapes(SceneProblem):
         validation: float = 0.1,
         data_seed: int = 0,
     ) -> None:
-        if classes < 2:
-            raise RequestError(f"classes is {classes!r}, and must be at least 2")
+        check_range("classes", classes, 2, MOST_CLASSES)
         dense: dict[str, Task] = {"segmentation": Segmentation(classes), "depth": Depth(squared=instance)}
         labels = f"label_{classes}"
         if not (Path(path) / "train" / labels).is_dir():

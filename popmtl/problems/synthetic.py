@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from popmtl.errors import RequestError
 from popmtl.method.problem import VectorProblem
+from popmtl.problems.bounds import check_range
 
 STEEPEST_ROOT = 50.0
 """The largest slope that `Zdt1` reports for sqrt(x1), reached at x1 = 1e-4."""
+
+MOST_VARIABLES, MOST_OBJECTIVES = 10**9, 100
 
 
 _DEFAULTS = {"train": {"optimizer": {"name": "Adam", "lr": 0.01}}}
@@ -27,7 +29,7 @@ class Vlmop2(VectorProblem):
         variables: n, at least 1.
 
     Raises:
-        RequestError: n is smaller than that.
+        RequestError: n is out of range.
     """
 
     objectives = ("f1", "f2")
@@ -37,7 +39,7 @@ class Vlmop2(VectorProblem):
     bounds = (-2.0, 2.0)
 
     def __init__(self, variables: int = 10) -> None:
-        _at_least("vlmop2", "variables", variables, 1)
+        check_range("vlmop2: variables", variables, 1, MOST_VARIABLES)
         self.variables = variables
 
     def values(self, x: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ class _Zdt(VectorProblem):
         variables: n, at least 2.
 
     Raises:
-        RequestError: n is smaller than that.
+        RequestError: n is out of range.
     """
 
     objectives = ("f1", "f2")
@@ -64,7 +66,7 @@ class _Zdt(VectorProblem):
     bounds = (0.0, 1.0)
 
     def __init__(self, variables: int = 30) -> None:
-        _at_least(type(self).__name__.lower(), "variables", variables, 2)
+        check_range(f"{type(self).__name__.lower()}: variables", variables, 2, MOST_VARIABLES)
         self.variables = variables
 
 
@@ -82,7 +84,7 @@ class Zdt1(_Zdt):
         variables: n, at least 2.
 
     Raises:
-        RequestError: n is smaller than that.
+        RequestError: n is out of range.
     """
 
     def values(self, x: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class Zdt2(_Zdt):
         variables: n, at least 2.
 
     Raises:
-        RequestError: n is smaller than that.
+        RequestError: n is out of range.
     """
 
     def values(self, x: Tensor) -> Tensor:
@@ -120,14 +122,14 @@ class Dtlz2(VectorProblem):
         k: how many variables only lead to the front, at least 1.
 
     Raises:
-        RequestError: m or k is smaller than that.
+        RequestError: m or k is out of range.
     """
 
     bounds = (0.0, 1.0)
 
     def __init__(self, objectives: int = 3, k: int = 10) -> None:
-        _at_least("dtlz2", "objectives", objectives, 2)
-        _at_least("dtlz2", "k", k, 1)
+        check_range("dtlz2: objectives", objectives, 2, MOST_OBJECTIVES)
+        check_range("dtlz2: k", k, 1, MOST_VARIABLES)
         self.objectives = tuple(f"f{i + 1}" for i in range(objectives))
         self.reference_point = (1.2,) * objectives
         self.ideal_point = (0.0,) * objectives
@@ -150,8 +152,3 @@ def _root(x: Tensor) -> Tensor:
     root = x.detach().sqrt()
     slope = (0.5 / root).clamp(max=STEEPEST_ROOT)
     return root + slope * (x - x.detach())
-
-
-def _at_least(problem: str, parameter: str, value: int, least: int) -> None:
-    if value < least:
-        raise RequestError(f"{problem}: {parameter} is {value!r}, and must be at least {least}")

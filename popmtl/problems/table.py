@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from popmtl.errors import RequestError
 from popmtl.method.problem import Problem, Split
 from popmtl.models.perceptron import perceptron
+from popmtl.problems.bounds import MOST_EXAMPLES, check_range
 from popmtl.problems.columns import (
     Inputs,
     Scale,
@@ -28,6 +29,7 @@ from popmtl.problems.columns import (
     without_outliers,
 )
 from popmtl.problems.table_files import read_columns
+from popmtl.text import shown
 
 Rows = tuple[Tensor, Tensor]
 """Inputs, shape (batch, inputs), and standardized targets, (batch, m), NaN where missing."""
@@ -87,8 +89,9 @@ class Table(Problem):
         for key, value in (("inputs", inputs), ("categorical", categorical)):
             if isinstance(value, str):
                 raise RequestError(f"{key}: {value!r} must be a list of columns")
-        if batch_size < 1 or any(width < 1 for width in hidden):
-            raise RequestError(f"batch_size {batch_size!r} and hidden {hidden!r} must be at least 1")
+        check_range("batch_size", batch_size, 1, MOST_EXAMPLES)
+        if any(width < 1 for width in hidden):
+            raise RequestError(f"hidden {shown(hidden)} must be at least 1")
         if outliers is not None and not outliers > 0:
             raise RequestError(
                 f"outliers is {outliers!r}, and must be a number of interquartile ranges above 0, or null"

@@ -147,12 +147,16 @@ def described(folder: RunFolder, front: Front, choice: Choice) -> dict[str, Any]
     """A choice as plain data: the member, how it was chosen, where its weights are, and the code that loads it.
 
     Objectives and metrics are, as in front.json, those on the test split, beside which stand those on validation.
+
+    Raises:
+        RequestError: the front names a file outside of the run's folder as the member's weights.
     """
     member = choice.member
     validation = None
     if member.validation:
         values = zip(front.objectives, member.validation.objectives, strict=True)
         validation = {"objectives": dict(values), "metrics": dict(member.validation.metrics)}
+    folder.files.check(f"{front.place}/{member.model}")  # which a reader of this may open
     wanted = f"{json.dumps(folder.location, ensure_ascii=False)}, {member.subproblem}"
     wanted += ", best=True" if front.best else ""
     return {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -19,15 +20,26 @@ from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.storage import URL, said
+from popmtl.runs.trust import admit
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # What tracing a model may raise, user code included; without the traced model, there still are the weights.
 TRACING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def export(folder: RunFolder, front: Front, choice: Choice, directory: str) -> list[str]:
+def export(
+    folder: RunFolder,
+    front: Front,
+    choice: Choice,
+    directory: str,
+    *,
+    trust: bool = False,
+    say: Callable[[str], object] = logger.info,
+) -> list[str]:
     """Writes a new folder with the chosen model: its weights, a program that runs without our code, and its card.
 
     model.safetensors is a copy of the run's, compared by SHA-256. program.pt2 is for any number of examples at once; it
@@ -39,12 +51,15 @@ def export(folder: RunFolder, front: Front, choice: Choice, directory: str) -> l
         front: its Pareto set.
         choice: the member.
         directory: the new folder, or an empty one.
+        trust: whether the user trusts who made the run's folder.
+        say: is told whose code is run, which builds the model.
 
     Returns:
         What is less than it could be, one message each.
 
     Raises:
-        RequestError: the folder has something in it or cannot be written, or the member's weights cannot be loaded.
+        RequestError: the folder has something in it or cannot be written, the member's weights cannot be loaded, or the
+            run's folder is a stranger's.
         RunError: the copy differs from the original.
     """
     if URL.match(directory):
@@ -52,6 +67,8 @@ def export(folder: RunFolder, front: Front, choice: Choice, directory: str) -> l
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir()) or target == Path.cwd()):
         raise RequestError(f"--export {directory}: is there already; give a new folder, or an empty one")
+    folder.files.check(f"{front.place}/{choice.member.model}")
+    changes = admit(folder, str(folder.config()["problem"]["name"]), trust, "--trust", say)
     model = _loaded(folder, front, choice.member)
     beside = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:
@@ -62,7 +79,7 @@ def export(folder: RunFolder, front: Front, choice: Choice, directory: str) -> l
         raise RequestError(f"--export {directory}: cannot be written ({error.filename}: {said(error)})") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return complaints
+    return [*changes, *complaints]
 
 
 def _loaded(folder: RunFolder, front: Front, member: Member) -> nn.Module:
@@ -71,7 +88,7 @@ def _loaded(folder: RunFolder, front: Front, member: Member) -> nn.Module:
     from popmtl.runs.results import load_model
 
     try:
-        return load_model(folder.location, member.subproblem, best=front.best)
+        return load_model(folder.location, member.subproblem, best=front.best, trust=True)
     except SafetensorError as error:
         where = folder.files.where(f"{front.place}/{member.model}")
         raise RequestError(f"{where} is damaged: {said(error)}") from error

@@ -21,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: its folder is not there, or cannot be written to.
     """
     beside = path.with_name(f".{path.name}.part")
+    beside.unlink(missing_ok=True)  # it may be a link, which nothing is to be written through
     try:
         yield beside
         with beside.open("rb") as file:

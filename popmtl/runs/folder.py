@@ -17,13 +17,14 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-import yaml
-
 from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
-from popmtl.runs.storage import Storage, joined, open_storage, said, split
+from popmtl.runs.names import check_run_name
+from popmtl.runs.storage import Entry, LocalStorage, Storage, joined, open_storage, said, split
+from popmtl.runs.trust import sign, without_credentials
+from popmtl.yaml_files import read_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +76,10 @@ class RunFolder:
         once, or one that still goes on, the first to have it `held` gets it: see `write_config`.
 
         Raises:
-            RequestError: the name is no plain folder name, a run of that name exists, or `storage` cannot be
+            RequestError: the name is none that `check_run_name` takes, a run of it exists, or `storage` cannot be
                 written to.
         """
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise RequestError(f"run name {name!r}: use a name that can be a folder's, without /")
+        check_run_name(name)
         storage = open_storage(storage).location
         folder = cls(joined(storage, name))
         try:
@@ -129,7 +129,9 @@ class RunFolder:
         return self.path / "pareto"
 
     def write_config(self, config: Mapping[str, Any], *, new: bool = False) -> None:
-        """Writes config.yaml: plain mappings, lists, strings and numbers only.
+        """Writes config.yaml, plain mappings, lists, strings and numbers only, and signs the folder; see `trust`.
+
+        A tracking URI is written without its credentials.
 
         Args:
             config: the settings.
@@ -139,10 +141,14 @@ class RunFolder:
             yaml.representer.RepresenterError: the config holds something else.
             RequestError: it cannot be written; or another has begun the `new` run before.
         """
-        content = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
+        tracking = config.get("tracking")
+        if tracking and tracking.get("uri"):
+            config = {**config, "tracking": {**tracking, "uri": without_credentials(tracking["uri"])}}
+        content = to_yaml(config).encode()
         try:
             if new and self.files.entry("config.yaml"):
                 raise self._exists()
+            sign(self, config, content)
             self.write("config.yaml", content)
         except OSError as error:
             raise self._refusal("written to", error) from error
@@ -240,13 +246,13 @@ class RunFolder:
         """
         where = self.files.where("config.yaml")
         try:
-            content = yaml.safe_load(self.read("config.yaml"))
+            content = read_yaml(self.read("config.yaml"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
             raise self._refusal("read", error) from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RequestError(f"{where} cannot be read: {error}") from error
+        except ValueError as error:
+            raise RequestError(f"{where} {error}") from error
         if not isinstance(content, dict):
             raise RequestError(f"{where} holds no settings")
         return content
@@ -354,8 +360,8 @@ class RunFolder:
             self.flush()
 
     def _lock(self, lock: str) -> AbstractContextManager[None]:
-        if self.files.path:
-            return _flock(self.files.path / lock)
+        if isinstance(self.files, LocalStorage):
+            return _flock(self.files.at(lock))
         return lease(self.files) if lock == LOCK else nullcontext()
 
     def _is_begun(self) -> bool:
@@ -377,11 +383,21 @@ def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
         OSError: it cannot be read.
     """
     files = open_storage(storage)
-    found = {name: files.entry(f"{name}/config.yaml") for name in files.children("")}
+    found = {name: _config_entry(files, name) for name in files.children("")}
     if not found and not (files.path and files.path.is_dir()):
         raise RequestError(f"storage {files.location}: no such folder")
     times = {name: entry.time for name, entry in found.items() if entry}
     return [RunFolder(files.where(name)) for name in sorted(times, key=times.__getitem__)]
+
+
+def _config_entry(storage: Storage, name: str) -> Entry | None:
+    """That of a run's config.yaml; None of what is no run. The run's folder may be a link, its config.yaml may not."""
+    if storage.path is None:
+        return storage.entry(f"{name}/config.yaml")
+    try:
+        return LocalStorage(storage.path / name).entry("config.yaml")
+    except RequestError:
+        return None
 
 
 def states(folders: Sequence[RunFolder]) -> list[str]:
@@ -395,7 +411,7 @@ def states(folders: Sequence[RunFolder]) -> list[str]:
     remote = [i for i, folder in enumerate(folders) if folder.files.path is None]
     running = dict(zip(remote, leased([folders[i].files for i in remote]), strict=True))
     return [
-        "running" if (running[i] if i in running else _is_flocked(folder.path)) else last_word(folder)
+        "running" if (running[i] if i in running else _is_flocked(folder)) else last_word(folder)
         for i, folder in enumerate(folders)
     ]
 
@@ -420,9 +436,9 @@ def _flock(path: Path) -> Iterator[None]:
         yield
 
 
-def _is_flocked(path: Path) -> bool:
+def _is_flocked(folder: RunFolder) -> bool:
     try:
-        with (path / LOCK).open() as file:
+        with folder.files.open(LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

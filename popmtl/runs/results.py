@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,13 @@ from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
 from popmtl.runs.storage import said
+from popmtl.runs.trust import admit
+from popmtl.text import printable
+
+logger = logging.getLogger(__name__)
+
+FORMULA = re.compile(r"(^|[;,|])(?=[\s\"']*[=+\-@＝＋－＠])")
+"""Where an apostrophe has to stand in text (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -107,9 +116,11 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_model(
-    run_folder: str | Path, subproblem: int, checkpoint: str | None = None, *, best: bool = False
+    run_folder: str | Path, subproblem: int, checkpoint: str | None = None, *, best: bool = False, trust: bool = False
 ) -> nn.Module:
     """A trained member of a run's Pareto set, on the CPU and in evaluation mode.
+
+    This imports and runs the problem's module, from where it was when the run was made.
 
     Args:
         run_folder: the run's folder, a path or a URL.
@@ -118,13 +129,14 @@ def load_model(
             the result.
         best: take the result of the evaluation with the largest validation hypervolume (`front.best`), and not of the
             run's end.
+        trust: whether you trust who made the folder, where it was not you on this machine; see `popmtl.runs.trust`.
 
     Returns:
         The model that the run's problem builds, with the member's weights.
 
     Raises:
-        RequestError: the folder is no run's, the member has no weights there, or they do not fit the model that
-            the problem builds now.
+        RequestError: the folder is no run's, or a stranger's, the member has no weights there, or they do not fit the
+            model that the problem builds now.
     """
     # Here and not above: reading a front needs no problem.
     from popmtl.method.flat import Layout
@@ -135,6 +147,8 @@ def load_model(
     config = folder.config()
     parameters = dict(config["problem"])
     name = parameters.pop("name")
+    for change in admit(folder, str(name), trust, "trust=True", logger.info):
+        logger.warning(change)
     problem = load_problem(name, parameters)
     place = BEST if best else LAST
     file = f"{place}/{model_file(subproblem)}"
@@ -170,6 +184,11 @@ def load_model(
     return model.eval()
 
 
+def _text(cell: str | None) -> str | None:
+    """A cell in one line that no spreadsheet takes for a formula, nor what it may take for the cell behind it."""
+    return cell and FORMULA.sub(r"\1'", printable(cell))
+
+
 def _table(front: Front) -> list[list[Any]]:
     """The rows of front.csv, its header first."""
     splits: list[Split] = ["validation", "test"] if front.chosen_on == "validation" else ["test"]
@@ -189,7 +208,7 @@ def _table(front: Front) -> list[list[Any]]:
         "reseeds",
         "lost",
     ]
-    rows: list[list[Any]] = [header]
+    rows: list[list[Any]] = [[_text(name) for name in header]]
     for i, member in enumerate(front.members):
         values = [*member.weights]
         for split in splits:
@@ -199,11 +218,11 @@ def _table(front: Front) -> list[list[Any]]:
             [
                 member.subproblem,
                 *(float(value) for value in values),
-                member.stage,
+                _text(member.stage),
                 member.non_dominated,
-                member.model,
+                _text(member.model),
                 member.reseeds,
-                member.lost,
+                _text(member.lost),
             ]
         )
     return rows

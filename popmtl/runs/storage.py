@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+PASSWORD = re.compile(r"(\w[\w+.-]*://)[^/?#@]*:[^/?#]*@")
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """Where a put shows the whole object or none of it, and nothing can be appended to."""
 
@@ -42,7 +43,9 @@ class Entry(NamedTuple):
 class Storage(ABC):
     """Files by their names below a folder; make one with `open_storage`.
 
-    Everything raises an OSError where the storage fails, a FileNotFoundError where there is no such file.
+    Everything raises an OSError where the storage fails, a FileNotFoundError where there is no such file, and a
+    RequestError where a name leads out of the folder: names may come from the folder's own files, which anyone may have
+    written.
 
     Attributes:
         location: the folder's absolute path or its URL.
@@ -102,8 +105,17 @@ class Storage(ABC):
     def sync(self, name: str) -> None:  # noqa: B027  # only local folders need it
         """Has the names in a folder outlast a power failure, as its files do."""
 
+    def check(self, name: str) -> None:
+        """Raises a RequestError unless a name is relative, normalized and inside of the folder; "" is the folder."""
+        if "\0" in name or (name and not {"", ".", ".."}.isdisjoint(name.split("/"))):
+            raise RequestError(f"{self.location}: {name!r} is not the name of a file in this folder")
+
+    def check_links(self) -> None:  # noqa: B027  # only local folders have them
+        """Raises a RequestError where any link in the folder leads out of it."""
+
     def where(self, name: str) -> str:
         """The path or URL of a file."""
+        Storage.check(self, name)
         return joined(self.location, name)
 
 
@@ -111,11 +123,14 @@ def open_storage(location: str | os.PathLike[str]) -> Storage:
     """The storage at a local path or a URL, which need not be there yet.
 
     Raises:
-        RequestError: the URL is none that can be read.
+        RequestError: the URL is none that can be read, or has a password, which all would see who see the run.
     """
     text = os.fspath(location)
     if not URL.match(text):
         return LocalStorage(Path(text))
+    if PASSWORD.match(text):
+        shown = PASSWORD.sub(r"\1***@", text)
+        raise RequestError(f"storage {shown}: has a password in it; give it as the store's own tools take it")
     # Here and not above: it takes a quarter of a second, and a local path needs none of it.
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem, LocalFileSystem
@@ -169,6 +184,41 @@ class LocalStorage(Storage):
         self.path: Path = path.absolute()
         self.location = str(self.path)
 
+    def at(self, name: str) -> Path:
+        """The path of a file or folder in this one, which itself may be a link.
+
+        Raises:
+            RequestError: the name, or a link on the way, leads out of the folder.
+        """
+        super().check(name)
+        path = self.path / name
+        root, target = os.path.realpath(self.path), os.path.realpath(path)
+        if os.path.commonpath([root, target]) != root:
+            raise RequestError(f"{path}: leads out of {self.path}, to {target}")
+        return path
+
+    def file(self, name: str) -> Path:
+        """The path of a file to be read; see `at`.
+
+        Raises:
+            RequestError: it is a device or a pipe, which might never end.
+        """
+        path = self.at(name)
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a folder says by itself that it is none
+            raise RequestError(f"{path}: is not a regular file")
+        return path
+
+    def check(self, name: str) -> None:  # noqa: D102
+        self.at(name)
+
+    def check_links(self) -> None:  # noqa: D102
+        for folder, folders, files in os.walk(self.path):
+            for name in (*folders, *files):
+                path = os.path.join(folder, name)
+                if os.path.islink(path):
+                    self.at(os.path.relpath(path, self.path))
+
     def make(self) -> None:  # noqa: D102
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,47 +249,47 @@ class LocalStorage(Storage):
             os.close(descriptor)
 
     def read(self, name: str) -> bytes:  # noqa: D102
-        return (self.path / name).read_bytes()
+        return self.file(name).read_bytes()
 
     def open(self, name: str) -> AbstractContextManager[BinaryIO]:  # noqa: D102
-        return (self.path / name).open("rb")
+        return self.file(name).open("rb")
 
     def fetched(self, name: str) -> AbstractContextManager[Path]:  # noqa: D102
-        return nullcontext(self.path / name)
+        return nullcontext(self.file(name))
 
     def entry(self, name: str) -> Entry | None:  # noqa: D102
         try:
-            found = (self.path / name).stat()
+            found = self.at(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Entry(found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
     def children(self, name: str) -> list[str]:  # noqa: D102
         try:
-            return os.listdir(self.path / name)
+            return os.listdir(self.at(name))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def remove(self, name: str) -> None:  # noqa: D102
-        (self.path / name).unlink(missing_ok=True)
+        self.at(name).unlink(missing_ok=True)
 
     def remove_folder(self, name: str) -> None:  # noqa: D102
-        shutil.rmtree(self.path / name, ignore_errors=True)
+        shutil.rmtree(self.at(name), ignore_errors=True)
 
     def sync(self, name: str) -> None:  # noqa: D102
-        descriptor = os.open(self.path / name, os.O_RDONLY)
+        descriptor = os.open(self.at(name), os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
     def _place(self, name: str) -> Path:
-        """Where a file goes, in a folder that is there: made below this one, but never this one, which may be gone."""
-        folder = self.path
+        """Where a file goes, see `at`; folders are made below this one, but never this one, which may be gone."""
+        path, folder = self.at(name), self.path
         for part in Path(name).parts[:-1]:
             folder /= part
             folder.mkdir(exist_ok=True)
-        return self.path / name
+        return path
 
 
 class RemoteStorage(Storage):
@@ -339,4 +389,5 @@ class RemoteStorage(Storage):
             stream.write(content)
 
     def _at(self, name: str) -> str:
+        self.check(name)
         return f"{self.root}/{name}" if name else self.root

@@ -10,7 +10,8 @@ adds what is lacking, and nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from popmtl.runs.choice import finished_front
@@ -19,6 +20,8 @@ from popmtl.runs.front import Front
 from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Models
 from popmtl.tracking.outbox import JOURNAL
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,18 @@ def complete_front(folder: RunFolder, sink: MlflowSink | None) -> Ended:
     return conclude(folder, finished_front(folder), sink, models)
 
 
-def complete(folder: RunFolder) -> Ended:
+def complete(folder: RunFolder, *, trust: bool = False, say: Callable[[str], object] = logger.info) -> Ended:
     """Sends what MLflow has not got of a run that has ended or was killed; one that has its front is finished then.
 
     Args:
         folder: the run's, which no other process works in.
+        trust: as for `MlflowSink.reopen`.
+        say: likewise.
 
     Raises:
-        RequestError: the run was never tracked, or its front.json is damaged.
+        RequestError: see `MlflowSink.reopen`; or its front.json is damaged.
     """
-    sink = MlflowSink.reopen(folder)
+    sink = MlflowSink.reopen(folder, trust=trust, say=say)
     if folder.has_front():
         return complete_front(folder, sink)
     complaints = sink.close(sink.closed or "KILLED")

@@ -9,10 +9,12 @@ This module imports MLflow, which takes seconds; only the sink's thread imports 
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import math
 import os
 import tempfile
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import requests
@@ -34,9 +37,11 @@ from popmtl.method.fine_tuning import STABILITY
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import hypervolumes
+from popmtl.runs.trust import without_credentials
 from popmtl.tracking.links import EXPLORER
 from popmtl.tracking.note import named_members, note, registered_name
 from popmtl.tracking.outbox import CURSOR, Entry, Sent
+from popmtl.tracking.target import Target
 from popmtl.tracking.views import saved_views
 
 if TYPE_CHECKING:
@@ -96,17 +101,21 @@ class Failure:
 class Sender:
     """Sends entries; not for several threads."""
 
-    def __init__(self, folder: RunFolder, opening: Entry, sent: Sent, complain: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, folder: RunFolder, opening: Entry, target: Target, sent: Sent, complain: Callable[[str, str], None]
+    ) -> None:
         """Connects nothing yet.
 
         Args:
             folder: the run's.
-            opening: the latest entry that opened the run: where to send to, and the population.
+            opening: the latest entry that opened the run: the experiment, and the population.
+            target: where to send to.
             sent: ids that are known, and where new ones are noted.
             complain: takes what is less than it should be, and why.
         """
         self._folder, self._opening, self._sent, self._complain = folder, opening, sent, complain
-        self._uri: str = opening["uri"]
+        self._target, self._uri = target, target.uri
+        self._checked: set[str] = set()
         self._objectives: list[str] = opening["objectives"]
         self._diverged: set[str] = set()
         self._estimates = False
@@ -138,11 +147,11 @@ class Sender:
                 self._kinds[entry["kind"]](entry)
             self._send_points()
         except (MlflowException, SQLAlchemyError, OSError, RequestError) as error:
-            return Failure(str(error), _may_pass(error))
-        except Exception as error:
+            return Failure(without_credentials(str(error)), _may_pass(error))
+        except Exception as error:  # noqa: BLE001
             # A mistake of ours or of the user's model. It must not end the thread, on which all later entries hang.
-            logger.exception("MLflow, %s", entries[-1]["kind"])
-            return Failure(repr(error), may_pass=False)
+            logger.error("MLflow, %s: %s", entries[-1]["kind"], without_credentials(traceback.format_exc()))
+            return Failure(without_credentials(repr(error)), may_pass=False)
         return None
 
     def answers(self) -> bool:
@@ -208,7 +217,7 @@ class Sender:
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(client.create_experiment(name, artifact_location=self._opening["artifacts"]))
+                return str(client.create_experiment(name, artifact_location=self._target.artifacts))
             except MlflowException as error:
                 found = client.get_experiment_by_name(name)  # Another run may have been quicker.
                 if found is None:
@@ -282,7 +291,7 @@ class Sender:
         self._log(run_id, entry, points)
         if entry["with_model"]:
             with self._folder.fetched(f"pareto/{entry['model']}") as path:
-                client.log_artifact(run_id, str(path), "model")
+                self._files_of(run_id).log_artifact(run_id, str(path), "model")
             if model_id := self._log_member_model(run_id, entry):
                 self._log(run_id, entry, points, model_id)  # the model's too; the run's points it knows again
 
@@ -310,8 +319,9 @@ class Sender:
             )
         )
         if could and self._models.why_no_program:
-            why = f"not as an exported program, but with the code that builds them: {self._models.why_no_program}"
-            self._complain("models are logged", why)
+            why = f"{self._models.why_no_program}; {self._models.code}"
+            what = f"not as an exported program, but with the code that builds them: {why}"
+            self._complain("models are logged", what)
         self._sent.models[str(i)] = model_id
         return model_id
 
@@ -363,7 +373,7 @@ class Sender:
         loading = Loading(self._folder.location, models, versions.get("front"))
         page = explorer_page(front, self._folder.name, hypervolumes(self._folder), loading)
         client = self._client()
-        client.log_text(self._parent(), page, EXPLORER)
+        self._files_of(self._parent()).log_text(self._parent(), page, EXPLORER)
         client.set_tag(self._parent(), "mlflow.note.content", _cut(note(front, versions), TAG_LENGTH))
 
     def _log_views(self, entry: Entry) -> None:
@@ -408,7 +418,7 @@ class Sender:
                 model_type=wanted.kind,
             )
             description.model_id = description.model_uuid = logged.model_id
-            description.artifact_path = logged.artifact_location
+            description.artifact_path = self._target.check(logged.artifact_location)
             description.save(str(path / "MLmodel"))
             client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
@@ -460,7 +470,15 @@ class Sender:
 
     def _log_file(self, name: str, place: str | None = None) -> None:
         with self._folder.fetched(name) as path:
-            self._client().log_artifact(self._parent(), str(path), place)
+            self._files_of(self._parent()).log_artifact(self._parent(), str(path), place)
+
+    def _files_of(self, run_id: str) -> MlflowClient:
+        """A client to send a run's files by, once it is known that they go where they may."""
+        client = self._client()
+        if run_id not in self._checked:
+            self._target.check(client.get_run(run_id).info.artifact_uri)
+            self._checked.add(run_id)
+        return client
 
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:
         entities = [Param(key, _cut(value, PARAM_LENGTH)) for key, value in params.items()]
@@ -491,7 +509,7 @@ def _one_creator(uri: str) -> Iterator[None]:
     database = Path(uri.removeprefix("sqlite:///"))
     # MLflow retries for minutes on a database that cannot be opened; this says so at once.
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f".{database.name}.lock").open("w") as lock:
+    with database.with_name(f".{database.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not database.exists() and "?" not in uri:
             _create(database)
@@ -500,9 +518,9 @@ def _one_creator(uri: str) -> Iterator[None]:
 
 def _create(database: Path) -> None:
     """Makes an empty database, whole or not at all: MLflow cannot go on with half of one, which a kill would leave."""
-    beside = database.with_name(f".{database.name}.new")
-    for left in (beside, beside.with_name(f"{beside.name}-journal")):
-        left.unlink(missing_ok=True)
+    for left in database.parent.glob(f".{glob.escape(database.name)}.*.new*"):
+        left.unlink()
+    beside = database.with_name(f".{database.name}.{token_hex(4)}.new")
     MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
     os.replace(beside, database)
 

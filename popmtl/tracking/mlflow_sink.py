@@ -25,7 +25,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -37,8 +37,19 @@ from popmtl.errors import RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, Front
-from popmtl.tracking.links import Location, is_served
+from popmtl.runs.trust import (
+    PARENT,
+    URI,
+    admit,
+    check_tracking,
+    default_database,
+    origin_of,
+    with_credentials,
+    without_credentials,
+)
+from popmtl.tracking.links import Location
 from popmtl.tracking.outbox import JOURNAL, Entry, Outbox
+from popmtl.tracking.target import Target, artifacts_of
 
 if TYPE_CHECKING:
     from popmtl.tracking.mlflow_sender import Sender
@@ -48,7 +59,6 @@ logger = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Models = Literal["front", "all", "none"]
 
-SQLITE = "sqlite:///"
 # Points of a curve of training losses; each is the mean over its share of the run's steps, or over the steps of so many
 # seconds where that takes longer: whoever watches sees the curve grow.
 CURVE_POINTS, CURVE_SECONDS = 300, 5.0
@@ -82,12 +92,14 @@ class MlflowSink:
     """The one writer of a run to MLflow; make it with `open`, end it with `close`.
 
     Attributes:
-        uri: the tracking URI.
+        uri: the tracking URI, without credentials.
         closed: what the journal that it goes on with was closed with; None if it was not, or has been opened again.
     """
 
     def __init__(self, folder: RunFolder, journal: Sequence[Entry], opening: Entry, steps: int) -> None:
-        self.uri: str = opening["uri"]
+        self.uri: str = without_credentials(opening["uri"])
+        self._named = with_credentials(self.uri)
+        self._within: Path | None = None
         self._folder, self._opening = folder, opening
         self._outbox = Outbox(folder, journal, [self.uri, opening["experiment"], opening["parent"]])
         logged = max((entry["steps"][-1] for entry in journal if entry["kind"] == "training losses"), default=0)
@@ -135,17 +147,16 @@ class MlflowSink:
         known: dict[str, str] = {}
         for entry in before:
             known |= entry["params"] | entry["changed"]
-        params = _flattened(config)
-        uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI") or last.get("uri")
-        if not uri:
-            uri = f"{SQLITE}{folder.storage.resolve()}/mlflow.db"
+        params = {key: without_credentials(value) for key, value in _flattened(config).items()}
+        named = settings.uri or os.environ.get(URI) or last.get("uri") or default_database(folder)
+        uri = without_credentials(named)
         experiment = settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or last.get("experiment")
         opening: Entry = {
             "id": last.get("id") or uuid.uuid4().hex,
             "uri": uri,
             "experiment": experiment or f"popmtl/{config_name or folder.name}",
-            "parent": os.environ.get("MLFLOW_RUN_ID") or last.get("parent"),
-            "artifacts": _artifacts(uri, folder),
+            "parent": os.environ.get(PARENT) or last.get("parent"),
+            "artifacts": artifacts_of(uri, folder),
             "run_name": folder.name,
             "config_name": last.get("config_name") or config_name or folder.name,
             "objectives": list(objectives),
@@ -156,6 +167,7 @@ class MlflowSink:
         }
         sink = cls(folder, journal, opening, steps)
         sink.closed = None
+        sink._named = named if named != uri else sink._named
         sink._outbox.add("opening", opening)
         sink._outbox.add("file", {"name": "config.yaml"})
         sink._outbox.add("views", {})
@@ -165,16 +177,30 @@ class MlflowSink:
         return sink
 
     @classmethod
-    def reopen(cls, folder: RunFolder) -> MlflowSink:
+    def reopen(
+        cls, folder: RunFolder, *, trust: bool = False, say: Callable[[str], object] = logger.info
+    ) -> MlflowSink:
         """Goes on with the journal of a run that has ended, or was killed; nothing is sent before `close`.
 
         Args:
             folder: the run's, which no other process works in.
+            trust: whether the user trusts who made the folder.
+            say: is told whose code is run, where models are among what is sent.
 
         Raises:
-            RequestError: the run was never tracked.
+            RequestError: the run was never tracked, or the folder is a stranger's, and names what the user did not.
         """
-        return cls(folder, folder.lines(JOURNAL), _last_opening(folder), 0)
+        journal, opening, config = folder.lines(JOURNAL), _last_opening(folder), folder.config()
+        check_tracking(folder, opening, trust)
+        sink = cls(folder, journal, opening, 0)
+        models = (config.get("tracking") or {}).get("models", "front") != "none"
+        to_come = models and folder.has_front() and sink.closed != "FINISHED"
+        if to_come or any(entry.get("with_model") or entry["kind"] == "picker" for _, entry in sink._outbox._waiting):
+            for change in admit(folder, str(config["problem"]["name"]), trust, "--trust", say):
+                say(f"warning: {change}")
+        if not trust and folder.files.path and sink.uri == default_database(folder) and origin_of(folder) is None:
+            sink._within = folder.storage.resolve()
+        return sink
 
     @property
     def is_complete(self) -> bool:
@@ -322,7 +348,7 @@ class MlflowSink:
             self._outbox.add(kind, {"steps": steps, "values": values})
 
     def _remember(self, what: str, error: str) -> None:
-        message = f"{what}: {error}"
+        message = without_credentials(f"{what}: {error}")
         if message not in self._messages:
             logger.warning("MLflow, %s (the run goes on)", message)
         self._messages[message] = None
@@ -336,12 +362,15 @@ class MlflowSink:
         # MLflow would try 7 times, 120 s each; this thread tries again by itself, and can tell when to stop.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        # What is sent, to the server that was named, is for no other that it names.
+        os.environ["MLFLOW_ALLOW_HTTP_REDIRECTS"] = "false"
         try:
             from popmtl.tracking.mlflow_sender import Sender
         except ImportError as error:
             self._remember("opening", str(error))
             return
-        sender = Sender(self._folder, self._opening, self._outbox.sent, self._remember)
+        target = Target(self._named, artifacts_of(self.uri, self._folder), self._within)
+        sender = Sender(self._folder, self._opening, target, self._outbox.sent, self._remember)
         pace = 0.0
         while not self._abandoned.is_set():
             entries = self._outbox.next(SAVE_SECONDS, CURVES)
@@ -416,13 +445,28 @@ class MlflowSink:
         self._saved, self._unsaved = time.monotonic(), False
 
 
-def location_of(folder: RunFolder) -> Location | None:
+def location_of(folder: RunFolder, *, trust: bool = False) -> Location | None:
     """Where a run is in MLflow, from what its folder says; None if MLflow has nothing of it.
 
     Raises:
-        RequestError: the run was never tracked.
+        RequestError: the run was never tracked, or at a place that a stranger names; see `check_tracking`.
     """
-    return MlflowSink(folder, [], _last_opening(folder), 0).location
+    opening = _last_opening(folder)
+    check_tracking(folder, opening, trust)
+    return MlflowSink(folder, [], opening, 0).location
+
+
+def check_opening(folder: RunFolder, named: str | None, trust: bool) -> None:
+    """Checks what a run that goes on takes from its journal, see `check_tracking`; `named` is the URI of its config.
+
+    Raises:
+        RequestError: it is a stranger's word.
+    """
+    openings = [entry for entry in folder.lines(JOURNAL) if entry["kind"] == "opening"]
+    if openings:
+        uri = named or os.environ.get(URI) or openings[-1]["uri"]
+        parent = os.environ.get(PARENT) or openings[-1]["parent"]
+        check_tracking(folder, {**openings[-1], "uri": uri, "parent": parent}, trust, named)
 
 
 def _last_opening(folder: RunFolder) -> Entry:
@@ -472,20 +516,6 @@ class _Curves:
         _, starts, counts = np.unique((steps - 1) // self._width, return_index=True, return_counts=True)
         sums = np.add.reduceat(losses, starts, axis=0)
         return steps[starts + counts - 1], sums / counts[:, None, None]
-
-
-def _artifacts(uri: str, folder: RunFolder) -> str | None:
-    """Where an experiment's files go; None for the place that MLflow takes by itself.
-
-    That is the server's own, or, with a database alone, ./mlruns, whatever folder that may be.
-    """
-    if is_served(uri):
-        return None
-    if folder.files.path:
-        return (folder.storage.resolve() / "mlartifacts").as_uri()
-    return (
-        (Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
-    )
 
 
 def _description(entry: Entry) -> str:

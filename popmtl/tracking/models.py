@@ -26,6 +26,7 @@ from mlflow.models import Model, infer_signature
 from torch import Tensor, nn
 
 import popmtl
+from popmtl import modules
 from popmtl.problems.registry import BUILT_IN, load_problem
 from popmtl.runs.export import TRACING_ERRORS
 from popmtl.runs.files import to_json
@@ -44,16 +45,18 @@ class Models:
     Attributes:
         example: two inputs of the model, shape (2, …), or None if the problem has none: then no models can be made.
         why_no_program: why models are not exported programs; None as long as they are.
+        code: the problem and the file that its code is in, which goes along where they are not.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._parameters: dict[str, Any] = dict(folder.config()["problem"])
-        self._name: str = self._parameters.pop("name")
+        self._name = str(self._parameters.pop("name"))
         example = load_problem(self._name, self._parameters).example_input()
         # Two: with one, the exported program would take batches of one only.
         self.example = None if example is None else example[:2].detach().cpu()
         self.why_no_program: str | None = None
+        self.code = f"{self._name} of {modules.located(BUILT_IN.get(self._name, self._name).partition(':')[0])}"
 
     def save_member(self, subproblem: int, path: Path, description: Model) -> None:
         """Writes a member as an MLflow model to a new folder.
@@ -78,7 +81,7 @@ class Models:
         self._save_set(self._folder.front(), subproblems, path, description)
 
     def _model(self, subproblem: int) -> nn.Module:
-        return load_model(self._folder.location, subproblem).cpu().eval()
+        return load_model(self._folder.location, subproblem, trust=True).cpu().eval()
 
     def _save_program(self, model: nn.Module, path: Path, description: Model) -> bool:
         """Writes a model as an exported program, if it can be one; whether it is."""

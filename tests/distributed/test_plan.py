@@ -35,7 +35,8 @@ def test_sizes_of_rows_and_of_what_is_sent():
     assert plan(config(2, transfer={"transport": "collective"})).bytes_sent_per_step() == 2 * 2 * TRUNK * 8
     shared = plan(config(2))
     assert (shared.transport.name, shared.bytes_sent_per_step()) == ("shared_memory", 0)
-    assert shared.memory_per_actor() == 2 * (row + TRUNK * 8) + (TRUNK + HEADS) * 8
+    # The rows as they were before a step of consensus, besides.
+    assert shared.memory_per_actor() == 2 * (row + 2 * TRUNK * 8) + (TRUNK + HEADS) * 8
 
 
 def test_rows_that_are_taken_by_few_are_sent_to_few():
@@ -77,7 +78,7 @@ def test_task_gradients_take_memory_in_the_exact_variant_only():
     sgd = {"name": "SGD", "lr": 0.1}
     base = plan(config(4, optimizer=sgd)).memory_per_actor()
     row = (TRUNK + HEADS) * 8
-    assert base == 3 * row + TRUNK * 8 + BUFFERS
+    assert base == 3 * row + 2 * TRUNK * 8 + BUFFERS
     fine = {"steps": 3}
     exact = plan(config(4, optimizer=sgd, fine_tune=fine))
     assert exact.memory_per_actor() == base + row  # gradients of two tasks in place of one

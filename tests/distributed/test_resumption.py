@@ -55,11 +55,11 @@ def train(plan, folder, found=None, *, until=None):
         return step == until
 
     if not course.history:
-        course.observe(objective_matrix(actor.evaluate("validation")))
+        course.observe(objective_matrix(actor.evaluate("validation")[0]))
     while chunk := course.next_chunk(10):
         actor.run_steps(chunk)
         if course.advance(chunk):
-            course.observe(objective_matrix(actor.evaluate("validation")))
+            course.observe(objective_matrix(actor.evaluate("validation")[0]))
         if checkpoint(None):
             return None
     if not (found and found[1]["fine_tuned"]):

@@ -53,7 +53,7 @@ def test_an_actor_starts_without_drawing_again_and_catches_up_in_pieces(tmp_path
         return actor
 
     actor = start(None)
-    course.observe(objective_matrix(actor.evaluate("validation")))
+    course.observe(objective_matrix(actor.evaluate("validation")[0]))
     first, then = course.next_chunk(20), course.next_chunk(40)
     actor.run_steps(first)
     course.advance(first)

@@ -151,7 +151,7 @@ def test_a_comparison_reports_the_test_figures_of_what_validation_chooses():
 
 def test_the_card_of_an_export():
     choice = choose(FRONT, at_knee=True)
-    folder = SimpleNamespace(name="run", location="run", files=SimpleNamespace(where=str))
+    folder = SimpleNamespace(name="run", location="run", files=SimpleNamespace(where=str, check=str))
     card = described(folder, FRONT, choice)
     card |= {"problem": {"name": "p", "parameters": {}}, "program": None, "exported_with": {}, "sha256": {}}
     text = _readme({**card, "steps": 1, "seed": 0, "config_sha256": ""}, FRONT)

@@ -72,7 +72,7 @@ def test_config_keeps_its_order_and_types(folder):
     folder.write_config(config)
     assert folder.config() == config
     assert list(folder.config()) == ["problem", "a", "rate"]
-    assert folder.files.children("") == ["config.yaml"]
+    assert sorted(folder.files.children("")) == ["config.yaml", "origin.json"]
 
 
 def test_config_refuses_what_only_python_can_read(folder):
@@ -80,7 +80,7 @@ def test_config_refuses_what_only_python_can_read(folder):
     with pytest.raises(yaml.representer.RepresenterError, match="cannot represent"):
         folder.write_config({"rate": np.float64(1.0)})
     assert folder.config() == {"seed": 1}
-    assert folder.files.children("") == ["config.yaml"]
+    assert sorted(folder.files.children("")) == ["config.yaml", "origin.json"]
 
 
 def test_config_of_no_run_folder(storage):

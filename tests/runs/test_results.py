@@ -4,7 +4,9 @@ import csv
 import json
 import math
 import os
+import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -126,6 +128,30 @@ def test_numpy_and_values_that_are_not_finite():
     assert content["members"][0]["non_dominated"] is False
     read = Front.from_json(text).members[0]
     assert all(math.isnan(value) for value in (*read.objectives, read.metrics["a"]))
+
+
+HOSTILE = ("=1+1", "@SUM(A1)", "+A1", "-A1", "\t=1", "\r=1", " =1", '"=1', "＝1", "nan; =1+1", "a\n-1", "a|@b", "a\t+1")
+
+
+def test_no_cell_of_csv_is_a_formula(folder):
+    lost = [replace(MEMBERS[0], subproblem=i, lost=text, stage=text, model=text) for i, text in enumerate(HOSTILE)]
+    named = replace(FRONT, objectives=["=1", "a;=2"], members=lost)
+    write_front(folder, named)
+    with (folder.pareto / "front.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    for text in [*header, *(row[header.index(name)] for row in rows for name in ("lost", "stage", "model"))]:
+        for cell in re.split("[;,|]", text):  # as other spreadsheets part it
+            assert not re.match(r"[\s\"']*[=+@＝-]", cell) or cell.lstrip().startswith("'"), text
+        assert text.isprintable()
+    assert "w/a;'=2" in header
+    assert [row[header.index("lost")] for row in rows[4:10]] == [
+        "\\t=1",
+        "\\r=1",
+        "' =1",
+        "'\"=1",
+        "'＝1",
+        "nan;' =1+1",
+    ]
 
 
 def test_csv(folder):

@@ -1,17 +1,18 @@
-"""Killed at any instant after the last step, a run is brought to its end by one command, and everything is there once."""
+"""Killed at any instant after the last step, a run is brought to its end by one command; everything is there once."""
 
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 
 import pytest
-from dying import Death, plan_of, run
+from dying import Death, Killed, plan_of, run
 from mlflow import MlflowClient
 
 from popmtl.cli import BAD_REQUEST, OK, main
 from popmtl.runs.folder import RunFolder
-from popmtl.tracking import mlflow_sink
+from popmtl.tracking import mlflow_sender, mlflow_sink
 from popmtl.tracking.outbox import CURSOR, JOURNAL
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # they were killed
@@ -168,7 +169,41 @@ def test_a_death_after_the_last_step_is_mended(death, plain, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_death_at_any_instant_after_the_last_step_is_mended(death, modelled, tmp_path, capsys):
-    died_at = die_everywhere(death, modelled, tmp_path, itertools.count(1), capsys)
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_death_at_any_instant_after_the_last_step_is_mended(death, modelled, tmp_path, first, capsys):
+    died_at = die_everywhere(death, modelled, tmp_path, itertools.count(first, 2), capsys)
     print(f"{len(died_at)} instants: {Counter(what.split()[0] for what in died_at.values())}")
-    assert len(died_at) > 100
+    assert len(died_at) > 50
+
+
+@pytest.mark.parametrize("number", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (8, 14, 30))])
+def test_a_death_while_it_is_mended_is_mended(death, plain, tmp_path, number):
+    shutil.copy(plain.database, tmp_path / "mlflow.db")
+    path = tmp_path / "run"
+    with death.at(2, after="write pareto/front.json") as first:
+        run(plain.plan, path)
+    with death.at(number, after=None) as second:
+        main(["track", str(path)])
+    assert first
+    assert second
+    assert main(["track", str(path)]) == OK
+    assert left_by(path) == plain.left
+
+
+def test_a_database_is_there_whole_or_not_at_all(quick, tmp_path, monkeypatch):
+    """MLflow cannot go on with one that was killed while MLflow made it."""
+
+    def die(*arguments):
+        raise Killed
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with monkeypatch.context() as patch:
+        patch.setattr("popmtl.tracking.mlflow_sender.os.replace", die)
+        with pytest.raises(Killed), mlflow_sender._one_creator(uri):
+            pass
+    (left,) = tmp_path.glob(".mlflow.db.*.new")
+    left.with_name(f"{left.name}-journal").write_bytes(b"of a table that was not finished")
+    assert not (tmp_path / "mlflow.db").exists()
+    with mlflow_sender._one_creator(uri):
+        assert [one.name for one in MlflowClient(uri).search_experiments()] == ["Default"]
+    assert sorted(os.listdir(tmp_path)) == [".mlflow.db.lock", "mlflow.db"]

@@ -358,7 +358,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_begun_anew_and_said_to_be(tmp_path,
     (message,) = again.close("FINISHED")
     assert f"run {sink.location.run_id} is there no more" in message
     (folder.path / "tracking" / "sent.json").unlink()
-    assert main(["track", str(folder.path)]) == 0
+    assert main(["track", str(folder.path), "--trust"]) == 0
     assert_everything_once(uri, "deleted", models=())
 
 
@@ -383,10 +383,10 @@ def test_what_was_refused_is_sent_again_by_popmtl_track(tmp_path, database, caps
     (message,) = sink.close("FINISHED")
     assert message.startswith("front at step 60: ")
     assert "front.png" in message
-    assert main(["track", str(folder.path)]) == 1
+    assert main(["track", str(folder.path), "--trust"]) == 1
     assert message in capsys.readouterr().err
     picture.rename(folder.pareto / "front.png")
-    assert main(["track", str(folder.path)]) == 0
+    assert main(["track", str(folder.path), "--trust"]) == 0
     assert_everything_once(uri, "refused", models=())
 
 
@@ -398,7 +398,7 @@ def test_a_run_that_was_killed_is_ended_by_popmtl_track(tmp_path, database, monk
     settle(sink)
     sink._abandoned.set()
     sink._thread.join(10)
-    assert main(["track", str(folder.path)]) == 0
+    assert main(["track", str(folder.path), "--trust"]) == 0
     assert_everything_once(uri, "lost", models=())
 
 
@@ -413,7 +413,7 @@ def test_an_entry_that_mlflow_always_fails_on_does_not_hold_up_the_others(tmp_pa
     sink.log_front(folder.front(), "none")
     assert sink.close("FINISHED") == ["event: 500"]
     monkeypatch.undo()
-    assert main(["track", str(folder.path)]) == 0
+    assert main(["track", str(folder.path), "--trust"]) == 0
     assert events(assert_everything_once(uri, "poison", models=())) == ["recovering: x"]
 
 

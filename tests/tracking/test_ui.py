@@ -94,5 +94,5 @@ def test_a_run_on_a_server_needs_none(tmp_path, capsys):
     )
     sent = '{"place": ["http://mlflow:5000", "e", null], "experiment_id": "4", "parent": "abc"}'
     folder.write("tracking/sent.json", sent.encode())
-    assert main(["ui", str(folder.path)]) == 0
+    assert main(["ui", str(folder.path), "--trust"]) == 0
     assert "choose    http://mlflow:5000/#/experiments/4/runs/abc/artifacts/pareto/" in capsys.readouterr().out
