@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from popmtl.distributed.subproblem import SubproblemActor
 from popmtl.errors import ActorLost, NoRoom
 
 TELL_SECONDS = 5.0
+REMOVE_SECONDS = 2.0
 CAUSE_SECONDS = 10.0
 """How long a failure that may follow from another waits for that one; Ray takes seconds to see that a process died."""
 
@@ -150,7 +152,10 @@ class Crew:
         self.exchange.fail("the run has ended")
         for actor in self.actors:
             ray.kill(actor)
-        remove_placement_group(self.group)
+        # Of a Ray whose control server is gone, the answer would not come.
+        remove = threading.Thread(target=remove_placement_group, args=(self.group,), daemon=True)
+        remove.start()
+        remove.join(REMOVE_SECONDS)
 
 
 def group_prefix(creator: str | None) -> str:

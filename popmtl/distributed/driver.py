@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
@@ -10,29 +9,37 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from textwrap import shorten
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.job_config import JobConfig
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from popmtl import modules
+from popmtl.distributed import session
 from popmtl.distributed.coordinator import Coordinator, describe_failure
 from popmtl.distributed.crew import group_prefix, nodes_now
 from popmtl.distributed.placement import Nodes
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.progress import Progress, Report
+from popmtl.distributed.session import RayDied
 from popmtl.errors import RequestError, RunError
+from popmtl.runs.folder import RunFolder, last_word
 from popmtl.runs.storage import split
+from popmtl.tracking.ending import is_tracked
+from popmtl.tracking.mlflow_sink import location_of
 
 _Coordinator: Any = ray.remote(Coordinator)
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 6.0
+SAID = 400
+"""Characters of what Ray says of a death: of one for want of memory it tells pages."""
 
 
 @contextmanager
@@ -54,37 +61,25 @@ def cluster(address: str | None, cpus: int | None = None) -> Iterator[Nodes]:
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}}
     # Ray hands the interpreter to a shell as it is; without quotes, a space in its path starts no worker at all.
     environment["py_executable"] = shlex.quote(sys.executable)
-    try:
-        if address:
-            _knock(address)
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                job_config=_Job(),
-                runtime_env={
-                    "env_vars": {modules.FOLDERS: modules.folders()},
-                    "worker_process_setup_hook": "popmtl.modules.look_in_folders",
-                },
-            )
-        else:
-            ray.init(
-                address="local",  # without it, Ray joins a cluster that it finds running on this machine
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                job_config=_Job(),
-                runtime_env=environment,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        if address:
-            raise RequestError(f"--address {address}: no Ray cluster answers there: {error}") from error
-        raise RunError(f"Ray did not start on this machine: {error}") from error
-    try:
+    options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": environment}
+    if address:
+        folders = {
+            "env_vars": {modules.FOLDERS: modules.folders()},
+            "worker_process_setup_hook": "popmtl.modules.look_in_folders",
+        }
+        options = {"runtime_env": folders}
+    with ExitStack() as stack:
+        try:
+            if address:
+                _knock(address)
+            stack.enter_context(session.session(address, job_config=_Job(), **options))
+        except Exception as error:  # Ray raises some that are of no kind
+            said = " ".join(str(error).split())
+            if address:
+                token = "" if os.environ.get("RAY_AUTH_MODE") else " (if it asks for a token: RAY_AUTH_MODE=token)"
+                raise RequestError(f"--address {address}: no Ray cluster answers there: {said}{token}") from error
+            raise RunError(f"Ray did not start on this machine: {said}") from error
         yield nodes_now()
-    finally:
-        ray.shutdown()
 
 
 class _Job(JobConfig):
@@ -126,9 +121,11 @@ def run(
         profile: steps to write a trace of; None for none.
 
     Raises:
-        RunError: the run failed.
+        RunError: the run failed; of the kind RayDied where Ray itself did, and the run had not ended before.
         KeyboardInterrupt: SIGINT or SIGTERM came; the coordinator was told, and everything that it started is gone.
     """
+    goes_on = f"popmtl train --resume {shlex.quote(os.fspath(folder))} goes on with the run"
+    session.advise(goes_on)
     # Ray places what takes no resources anywhere, and a soft affinity too: beside the driver, the loss of another node
     # cannot take the coordinator along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -136,23 +133,58 @@ def run(
     options = {"num_cpus": 0, "scheduling_strategy": here, "name": name}
     coordinator = _Coordinator.options(**options).remote(plan, folder, config_name, resumes, profile)
     ending = coordinator.run.remote()
+    report: Report
     try:
         with _signals_interrupt() as check:
             limit = plan.config.resources.start_timeout + plan.config.resources.chunk_timeout
             _watch(coordinator, ending, limit, show, check)
-            report: Report = ray.get(ending)
-            return report
+            report = ray.get(ending)
     except KeyboardInterrupt:
-        coordinator.stop.remote()
-        ray.wait([ending], timeout=STOP_SECONDS)
+        _stop(coordinator, ending)
         raise
+    except RayDied as error:
+        # Calls go from process to process: the coordinator can be heard without the rest of Ray.
+        if _stop(coordinator, ending):
+            with suppress(RayError):
+                report = ray.get(ending)
+                return report
+        return _left(RunFolder(folder), error)
     except RayTaskError as error:
         raise RunError(describe_failure(error)) from error
-    except RayActorError as error:
+    except RayError as error:
+        session.check(now=True)
         _remove_groups(group_prefix(coordinator._actor_id.hex()))
-        raise RunError(f"the coordinator died: {error}") from error
+        raise RunError(f"the coordinator died: {_in_short(error)}; {goes_on}") from error
     finally:
         ray.kill(coordinator)
+    return report
+
+
+def _stop(coordinator: Any, ending: Any) -> bool:
+    """Has the coordinator end its run as interrupted; whether it did in time, or had ended."""
+    coordinator.stop.remote()
+    return bool(ray.wait([ending], timeout=STOP_SECONDS)[0])
+
+
+def _left(folder: RunFolder, error: RayDied) -> Report:
+    """What a run has left whose Ray has died, if it had come to its end.
+
+    Raises:
+        RayDied: it had not; what it lacks, if it has its front.
+    """
+    if not folder.has_front():
+        raise error
+    if last_word(folder) != "finished":
+        raise RayDied(f"{error}: its front is complete, what comes after it may not be") from error
+    complaints = [event for event in folder.events() if event["kind"] == "finished"][-1]["tracking"]
+    location = location_of(folder) if is_tracked(folder) else None
+    return Report(folder.front(), [], location, complaints)
+
+
+def _in_short(error: RayError) -> str:
+    """What Ray says of a death, in one line and without the numbers of its processes."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
+    return shorten(text, SAID, placeholder=" …")
 
 
 def _remove_groups(prefix: str) -> None:
@@ -170,6 +202,7 @@ def _watch(
     asked, answered = coordinator.progress.remote(), time.monotonic()
     while not ray.wait([ending], timeout=POLL_SECONDS)[0]:
         check()
+        session.check()
         if ray.wait([asked], timeout=0)[0]:
             show(ray.get(asked))
             asked, answered = coordinator.progress.remote(), time.monotonic()

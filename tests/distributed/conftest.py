@@ -1,4 +1,6 @@
+import ctypes
 import functools
+import os
 
 import pytest
 import ray
@@ -37,3 +39,15 @@ def run(ray_of_four, tmp_path):
 def resume(ray_of_four, tmp_path):
     """Goes on with the run of a name, which `run` started."""
     return lambda name, data: run_in(tmp_path / "runs", name, ray_of_four, data, resumes=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    path = tmp_path / "disk"
+    path.mkdir()
+    if libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, b"size=8m"):
+        pytest.skip(f"no mounting here: {os.strerror(ctypes.get_errno())}")
+    yield path
+    libc.umount2(os.fsencode(path), 2)

@@ -1,6 +1,5 @@
 """Storage while a run goes on: that every actor shares it, and what a full disk does."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -35,17 +34,6 @@ def test_an_actor_that_does_not_share_the_storage_is_named_with_its_host(run, tm
     assert [event["kind"] for event in folder.events()] == ["started", "failed"], "it is not tried again"
     left = [name for name in os.listdir(folder.path) if not name.startswith(".coordinator")]
     assert sorted(left) == ["config.yaml", "events.jsonl"], "the proof leaves nothing"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    libc = ctypes.CDLL(None, use_errno=True)
-    path = tmp_path / "disk"
-    path.mkdir()
-    if libc.mount(b"tmpfs", os.fsencode(path), b"tmpfs", 0, b"size=1m"):
-        pytest.skip(f"no mounting here: {os.strerror(ctypes.get_errno())}")
-    yield path
-    libc.umount2(os.fsencode(path), 2)
 
 
 @pytest.mark.slow
