@@ -14,13 +14,16 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from popmtl.errors import FileDamaged
 from popmtl.method.front import Hypervolume, exact_points
 from popmtl.runs.baseline import SINGLE_TASK
 from popmtl.runs.choice import chosen_on_test, figures_of, in_words, knee_of
 from popmtl.runs.comparison import Comparison
 from popmtl.runs.files import to_json
-from popmtl.runs.folder import RunFolder, states
+from popmtl.runs.folder import METRICS, RunFolder, states
 from popmtl.runs.front import Front
+from popmtl.runs.records import Volume
+from popmtl.runs.storage import said
 
 if TYPE_CHECKING:  # they import Ray and torch
     from ray.job_submission import JobDetails
@@ -59,9 +62,12 @@ class ProgressLine:
         if progress.execution != self.execution:
             self.execution = progress.execution
             self.console.print(f"rows of an actor: {self.execution}", highlight=False, soft_wrap=True)
-        for notice in progress.notices[self.notices :]:
+        new = progress.noticed - self.notices
+        if new > len(progress.notices):
+            self.console.print(f"{new - len(progress.notices)} more are in events.jsonl", style="yellow")
+        for notice in progress.notices[-new:] if new else ():
             self.console.print(notice, style="yellow", highlight=False, soft_wrap=True)
-        self.notices = len(progress.notices)
+        self.notices = progress.noticed
         if self.live:
             self.live.update(line, refresh=True)
         elif progress.stage != self.stage or time.monotonic() - self.shown >= LINE_SECONDS:
@@ -191,7 +197,7 @@ def print_front(console: Console, front: Front) -> None:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("stage")
     for member in front.members:
-        figures = [*member.objectives, *(member.metrics[name] for name in metrics)]
+        figures = [*member.objectives, *(member.metrics.get(name, math.nan) for name in metrics)]
         table.add_row(
             f"{'k' if member is knee else ''}{'*' if member.non_dominated else ' '} {member.subproblem}",
             " ".join(f"{w:.2f}" for w in member.weights),
@@ -266,16 +272,24 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
-    """One row a run: how it stands, and the last evaluation that it wrote."""
+    """One row a run: how it stands, and the last evaluation that it wrote; below, what is damaged."""
     table = _table()
     for name in ("run", "state", "step", "hypervolume"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
-    for folder, state in zip(folders, states(folders), strict=True):
-        last: dict[str, Any] = next(reversed(folder.metrics()), {})
+    damaged: list[str] = []
+    for folder, state in zip(folders, states(folders, damaged.append), strict=True):
+        last: dict[str, Any] = {}
+        try:
+            last = folder.last(METRICS, Volume) or {}
+        except FileDamaged as error:
+            damaged.append(str(error))
+        except OSError as error:
+            damaged.append(f"{folder.location} cannot be read: {said(error)}")
         figure = last.get("hypervolume")
         shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure else ""
         table.add_row(folder.name, state, str(last.get("step", "")), shown)
     console.print(table)
+    print_warnings(console, damaged)
 
 
 def print_jobs(console: Console, jobs: Sequence[JobDetails]) -> None:

@@ -82,10 +82,12 @@ def train_population(
         stop,
     )
     block = Block(problem, range(len(W)), W, recipe, device)
+    history: list[Observation] = []
 
     def observe() -> None:
         evaluations = block.evaluate("validation")
         observation = course.observe(objective_matrix(evaluations), metric_columns(evaluations))
+        history.append(observation)
         if observed:
             observed(observation)
 
@@ -110,7 +112,7 @@ def train_population(
         stage = FineTuning(block, aligned, course.ideal)
         stage.run(course.step, aligned.steps)
         fine_tuned = stage.finish()
-    return Population(block, course.history, fine_tuned, course.reference_point)
+    return Population(block, history, fine_tuned, course.reference_point)
 
 
 def objective_matrix(evaluations: Sequence[Evaluation]) -> Matrix:

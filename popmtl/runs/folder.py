@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import Any
 
 import yaml
 
-from popmtl.errors import RequestError
+from popmtl.errors import FileDamaged, RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
+from popmtl.runs.reading import Reading, few
+from popmtl.runs.records import AnyEvent, Evaluation
 from popmtl.runs.storage import Storage, joined, open_storage, said, split
 
 logger = logging.getLogger(__name__)
@@ -36,8 +37,13 @@ RETRY_SECONDS = 2.0
 
 PROBE = b"\0" * 4096
 
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
-class RunFolder:
+CONFIG_BYTES = 2**20
+"""The most that config.yaml is read of: YAML takes ten seconds for as much."""
+
+
+class RunFolder(Reading):
     """A run's folder on a local path or behind a URL.
 
     Lines that are appended are in the file at once on a local path, and some seconds later behind a URL; `flush` has
@@ -130,15 +136,31 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl; what is not finite becomes null."""
-        self.append("metrics.jsonl", record)
+        self.append(METRICS, record)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops the records of metrics.jsonl that a run which goes on from this step will write again."""
+    def forget_metrics_after(self, step: int, complain: Callable[[str], None]) -> None:
+        """Drops the records of metrics.jsonl that a run which goes on from this step will write again.
+
+        Args:
+            step: that it goes on from.
+            complain: is told of damaged lines, which go too; metrics.jsonl.damaged is what the file was, then.
+        """
         with self._writing:
-            kept = [record for record in self.metrics() if record["step"] <= step and record["stage"] == "mtgd"]
+            lines = list(self.raw_lines(METRICS))
+            records = [self.judged(METRICS, Evaluation, n, line) for n, line in enumerate(lines, 1)]
+            damaged = [str(record) for record in records if isinstance(record, FileDamaged)]
+            for what in few(damaged):
+                complain(what)
+            if damaged:
+                self.write(f"{METRICS}.damaged", b"".join(lines))
+            kept = [
+                line
+                for line, record in zip(lines, records, strict=True)
+                if not isinstance(record, FileDamaged) and record["step"] <= step and record["stage"] == "mtgd"
+            ]
             with self._gathering:
-                self._waiting.pop("metrics.jsonl", None)
-            self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in kept).encode())
+                self._waiting.pop(METRICS, None)
+            self.write(METRICS, b"".join(kept))
 
     @contextmanager
     def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
@@ -176,7 +198,7 @@ class RunFolder:
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details; an end flushes."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self.append("events.jsonl", {"time": now, "kind": kind, **details})
+        self.append(EVENTS, {"time": now, "kind": kind, **details})
         if kind in ENDS:
             with suppress(OSError):  # they are kept, and it has been said
                 self.flush()
@@ -189,40 +211,44 @@ class RunFolder:
         """
         where = self.files.where("config.yaml")
         try:
-            content = yaml.safe_load(self.read("config.yaml"))
+            content = self.bounded("config.yaml", CONFIG_BYTES)
+            settings = yaml.safe_load(content)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
             raise self._refusal("read", error) from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RequestError(f"{where} cannot be read: {error}") from error
-        if not isinstance(content, dict):
+        except RecursionError:
+            raise RequestError(f"{where} cannot be read: it is nested too deeply") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise RequestError(f"{where} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict):
             raise RequestError(f"{where} holds no settings")
-        return content
+        return settings
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl in the order of writing; none where there is no file."""
-        return self.lines("metrics.jsonl")
+    def metrics(self, complain: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; see `lines`."""
+        return self.lines(METRICS, Evaluation, complain)
 
-    def events(self) -> list[dict[str, Any]]:
-        """The records of events.jsonl in the order of writing; none where there is no file."""
-        return self.lines("events.jsonl")
+    def events(self, complain: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """The records of events.jsonl; see `lines`."""
+        return self.lines(EVENTS, AnyEvent, complain)
 
     def front(self, place: str = LAST) -> Front:
         """The Pareto set that the run ended with, or the one in another place.
 
         Raises:
-            RequestError: the run has none (it has not ended, or it failed).
+            RequestError: the run has none (it has not ended, or it failed), or its file is damaged.
         """
+        name = f"{place}/front.json"
+        where = self.files.where(name)
         try:
-            return Front.from_json(self.read(f"{place}/front.json").decode())
+            return Front.from_json(self.bounded(name), where)
         except FileNotFoundError as error:
-            where = self.files.where(f"{place}/front.json")
             raise RequestError(f"{self.location} has no front yet: {where} is missing") from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds a record to a file of JSON lines; what is not finite becomes null."""
-        line = (to_json(record) + "\n").encode()
+        line = (to_json(record) + "\n").encode(errors="replace")  # a text may hold a name that is not UTF-8
         with self._gathering:
             self._waiting[name] = self._waiting.get(name, b"") + line
         if self.files.delay:
@@ -253,29 +279,9 @@ class RunFolder:
                     if not self._waiting[name]:
                         del self._waiting[name]
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a file of JSON lines in the order of writing; none where there is no file."""
-        with self._writing:
-            try:
-                content = self.read(name)
-            except FileNotFoundError:
-                content = b""
-            with self._gathering:
-                # Without a newline at its end the last line is one that a crash cut short.
-                content = content[: content.rfind(b"\n") + 1] + self._waiting.get(name, b"")
-        return [json.loads(line) for line in content.split(b"\n")[:-1]]
-
     def write(self, name: str, content: bytes) -> None:
         """Writes a file of the folder: a reader finds the old content or the new, whole."""
         self.files.write(name, content)
-
-    def read(self, name: str) -> bytes:
-        """The content of a file of the folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        return self.files.read(name)
 
     def fetched(self, name: str) -> AbstractContextManager[Path]:
         """A file of the folder as one on this machine's disk."""
@@ -326,22 +332,35 @@ def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
     return [RunFolder(files.where(name)) for name in sorted(times, key=times.__getitem__)]
 
 
-def states(folders: Sequence[RunFolder]) -> list[str]:
+def states(folders: Sequence[RunFolder], complain: Callable[[str], None] = logger.debug) -> list[str]:
     """How runs stand: running, finished, failed or interrupted; or lost, if one ended without a word.
 
+    Damaged is a run whose files do not tell: one of many must not keep the others from being listed.
+
     Behind URLs it takes a while to see whether a process still works on a run: once, however many runs there are.
+
+    Args:
+        folders: of the runs.
+        complain: is told what is damaged, naming the file.
     """
     remote = [i for i, folder in enumerate(folders) if folder.files.path is None]
     running = dict(zip(remote, leased([folders[i].files for i in remote]), strict=True))
-    return [
-        "running" if (running[i] if i in running else _is_flocked(folder.path)) else _last_word(folder)
-        for i, folder in enumerate(folders)
-    ]
+
+    def state(i: int, folder: RunFolder) -> str:
+        try:
+            return "running" if (running[i] if i in running else _is_flocked(folder.path)) else _last_word(folder)
+        except FileDamaged as error:
+            complain(str(error))
+        except OSError as error:
+            complain(f"{folder.location} cannot be read: {said(error)}")
+        return "damaged"
+
+    return [state(i, folder) for i, folder in enumerate(folders)]
 
 
 def _last_word(folder: RunFolder) -> str:
-    last = [event["kind"] for event in folder.events() if event["kind"] in (*ENDS, "started", "resumed")][-1:]
-    return last[0] if last and last[0] in ENDS else "lost"
+    last = folder.last(EVENTS, AnyEvent, lambda event: event["kind"] in (*ENDS, "started", "resumed"))
+    return last["kind"] if last and last["kind"] in ENDS else "lost"
 
 
 @contextmanager
@@ -358,10 +377,13 @@ def _flock(path: Path) -> Iterator[None]:
 
 def _is_flocked(path: Path) -> bool:
     try:
-        with (path / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        descriptor = os.open(path / LOCK, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
     except FileNotFoundError:
         return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    finally:
+        os.close(descriptor)
     return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
+from popmtl.runs.records import Volume
 from popmtl.runs.storage import said
+
+logger = logging.getLogger(__name__)
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -42,7 +46,8 @@ def write_front(folder: RunFolder, front: Front) -> None:
 
 def hypervolumes(folder: RunFolder) -> list[tuple[int, float, float | None]]:
     """For each evaluation of a run, its step, the hypervolume on the validation split, and the error of an estimate."""
-    return [(line["step"], line["hypervolume"], line.get("hypervolume_error")) for line in folder.metrics()]
+    lines = folder.lines(METRICS, Volume, logger.warning)  # the picture lacks what is damaged, and the run ends
+    return [(line["step"], line["hypervolume"], line.get("hypervolume_error")) for line in lines]
 
 
 def write_result(folder: RunFolder, name: str, content: bytes) -> None:

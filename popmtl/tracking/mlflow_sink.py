@@ -38,7 +38,7 @@ from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import BEST, Front
 from popmtl.tracking.links import Location, is_served
-from popmtl.tracking.outbox import JOURNAL, Entry, Outbox
+from popmtl.tracking.outbox import Entry, Outbox, read_journal
 
 if TYPE_CHECKING:
     from popmtl.tracking.mlflow_sender import Sender
@@ -94,6 +94,8 @@ class MlflowSink:
         self._curves, self._stability = _Curves(width, logged), _Curves(width, measured)
         self._events = [entry["what"] for entry in journal if entry["kind"] == "event"]
         self._messages: dict[str, None] = {}
+        for what in self._outbox.lost:
+            self._remember("journal", what)
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._away, self._unsaved = False, True
         self._progress = self._saved = time.monotonic()
@@ -126,7 +128,7 @@ class MlflowSink:
             steps: training steps of the whole run, which the density of the curves is chosen by.
             config_name: what the experiment is named by where nothing else names it; None takes the run's name.
         """
-        journal = folder.lines(JOURNAL)
+        journal = read_journal(folder)
         before = [entry for entry in journal if entry["kind"] == "opening"]
         last = before[-1] if before else {}
         known: dict[str, str] = {}
@@ -397,7 +399,7 @@ def location_of(folder: RunFolder) -> Location | None:
 
 
 def _last_opening(folder: RunFolder) -> Entry:
-    openings = [entry for entry in folder.lines(JOURNAL) if entry["kind"] == "opening"]
+    openings = [entry for entry in read_journal(folder) if entry["kind"] == "opening"]
     if not openings:
         raise RequestError(f"{folder.location}: this run has nothing for MLflow; its tracking was not enabled")
     return openings[-1]
@@ -415,7 +417,7 @@ def send_rest(folder: RunFolder) -> tuple[Location | None, list[str]]:
     Raises:
         RequestError: the run was never tracked.
     """
-    journal, opening = folder.lines(JOURNAL), _last_opening(folder)
+    journal, opening = read_journal(folder), _last_opening(folder)
     sink = MlflowSink(folder, journal, opening, 0)
     if journal[-1]["kind"] != "closing":
         sink._outbox.add("closing", {"status": "KILLED"})
