@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from popmtl.method.course import Course, Stop
+from popmtl.method.course import Course, Seen, Stop
 
 W = np.array([[0.3, 0.7], [0.7, 0.3]])
 M = np.array([[0.7, 0.3], [0.3, 0.7]])
@@ -88,7 +88,7 @@ def test_observations_are_recorded_with_hypervolume_and_front():
     course.advance(course.next_chunk())
     second = course.observe(np.array([[1.0, -3.0], [2.0, -2.0]]))
     assert (second.step, second.hypervolume, second.front_size) == (2, pytest.approx(6), 1)
-    assert course.history == [first, second]
+    assert (course.last, course.best) == (Seen(2, second.hypervolume, None), Seen(0, first.hypervolume, None))
     assert course.reference_point.tolist() == [3, 0]
 
 

@@ -483,6 +483,7 @@ def test_a_cursor_ahead_of_a_journal_that_lost_lines(tmp_path):
     for n in range(3):
         outbox.add("event", {"n": n})
         outbox.done()
+    outbox.sent.experiment_id, outbox.sent.parent = "1", "2"
     outbox.save()
     (folder.path / JOURNAL).write_text((folder.path / JOURNAL).read_text().partition("\n")[0] + "\n")
     outbox = Outbox(folder, folder.lines(JOURNAL), place)
