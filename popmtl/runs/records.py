@@ -77,8 +77,9 @@ def _reason(error: ValidationError) -> str:
         return f"it is not JSON: {why}"
     what = first["msg"].removeprefix("Value error, ")
     what = f"{what[0].lower()}{what[1:]}"
-    # A union's parts are in the place as well, by their schemas' names.
-    place = ".".join(str(part) for part in first["loc"] if re.fullmatch(r"[\w /%-]+", str(part)))
+    # A union's part is in the place as well: a kind is worth naming, "other" is not, nor are pydantic's own names.
+    places = [str(part) for part in first["loc"] if part != "other"]
+    place = ".".join(part for part in places if re.fullmatch(r"[\w /%-]+", part))
     if first["type"] not in ("missing", "value_error"):
         value = ascii(first["input"])
         what += f", not {value if len(value) <= SHOWN else value[: SHOWN - 1] + '…'}"
