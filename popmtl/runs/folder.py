@@ -225,12 +225,12 @@ class RunFolder(Reading):
             raise RequestError(f"{where} holds no settings")
         return settings
 
-    def metrics(self, complain: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl; see `lines`."""
+    def metrics(self, complain: Callable[[str], None] = logger.warning) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; damaged lines are passed over, and told of; see `lines`."""
         return self.lines(METRICS, Evaluation, complain)
 
-    def events(self, complain: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """The records of events.jsonl; see `lines`."""
+    def events(self, complain: Callable[[str], None] = logger.warning) -> list[dict[str, Any]]:
+        """The records of events.jsonl; damaged lines are passed over, and told of; see `lines`."""
         return self.lines(EVENTS, AnyEvent, complain)
 
     def front(self, place: str = LAST) -> Front:

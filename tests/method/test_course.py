@@ -191,7 +191,7 @@ def test_running_figures_are_those_of_the_whole_history_wherever_it_is_cut():
 
 
 def test_with_another_rule_for_improvements_they_are_counted_anew():
-    volumes = [0.5, 0.52, 0.54, 0.56]
+    volumes = [0.5, 0.51, 0.53, 0.54]
     course = stopping(volumes, patience=9)
     assert course.stale == 0
     again = stopping([], patience=2, min_improvement=0.1)
