@@ -21,7 +21,7 @@ from torch import Tensor
 
 from popmtl.errors import CheckpointDamaged, FileDamaged, RequestError
 from popmtl.method.front import Hypervolume
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.reading import passing_over
 from popmtl.runs.records import Manifest, Record, Versioned, parse
 from popmtl.runs.storage import PART_BYTES, said
@@ -94,6 +94,8 @@ def commit(folder: RunFolder, checkpoint: str, files: Sequence[WrittenFile], cou
     """
     # A run that goes on from here does not write the lines from before it again.
     folder.flush()
+    with suppress(FileNotFoundError):
+        folder.files.sync(METRICS)
     content = json.dumps({"version": VERSION, **course}).encode()
     everything = [*files, _write(folder, f"{checkpoint}/{COURSE}", content)]
     folder.files.remove(f"{checkpoint}/{DAMAGED}")

@@ -22,7 +22,7 @@ from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
 from popmtl.runs.reading import Reading, few
 from popmtl.runs.records import AnyEvent, Evaluation
-from popmtl.runs.storage import Storage, joined, open_storage, said, split
+from popmtl.runs.storage import Entry, Storage, joined, open_storage, said, split
 
 logger = logging.getLogger(__name__)
 
@@ -146,16 +146,15 @@ class RunFolder(Reading):
             complain: is told of damaged lines, which go too; metrics.jsonl.damaged is what the file was, then.
         """
         with self._writing:
-            lines = list(self.raw_lines(METRICS))
-            records = [self.judged(METRICS, Evaluation, n, line) for n, line in enumerate(lines, 1)]
-            damaged = [str(record) for record in records if isinstance(record, FileDamaged)]
+            judged = list(self.judged(METRICS, Evaluation))
+            damaged = [str(record) for _, record in judged if isinstance(record, FileDamaged)]
             for what in few(damaged):
                 complain(what)
             if damaged:
-                self.write(f"{METRICS}.damaged", b"".join(lines))
+                self.write(f"{METRICS}.damaged", b"".join(line for line, _ in judged))
             kept = [
                 line
-                for line, record in zip(lines, records, strict=True)
+                for line, record in judged
                 if not isinstance(record, FileDamaged) and record["step"] <= step and record["stage"] == "mtgd"
             ]
             with self._gathering:
@@ -217,6 +216,8 @@ class RunFolder(Reading):
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
             raise self._refusal("read", error) from error
+        except FileDamaged:
+            raise
         except RecursionError:
             raise RequestError(f"{where} cannot be read: it is nested too deeply") from None
         except (ValueError, yaml.YAMLError) as error:
@@ -325,7 +326,15 @@ def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
         OSError: it cannot be read.
     """
     files = open_storage(storage)
-    found = {name: files.entry(f"{name}/config.yaml") for name in files.children("")}
+    found: dict[str, Entry | None] = {}
+    failed: OSError | None = None
+    for name in files.children(""):
+        try:
+            found[name] = files.entry(f"{name}/config.yaml")
+        except OSError as error:  # noqa: PERF203  # one that nobody may look into keeps none of the others away
+            failed = error
+    if failed and not any(found.values()):
+        raise failed
     if not found and not (files.path and files.path.is_dir()):
         raise RequestError(f"storage {files.location}: no such folder")
     times = {name: entry.time for name, entry in found.items() if entry}

@@ -17,6 +17,9 @@ from popmtl.runs.storage import Storage
 TAIL_BYTES = 2**16
 """What is read first of a file whose last lines are asked for."""
 
+MOST_DAMAGED = 10_000
+"""A file with more damaged lines is refused as a whole."""
+
 SAID = 5
 """So many damaged lines of a file are named."""
 
@@ -75,8 +78,8 @@ class Reading:
         """As `lines`, with what is wrong with a damaged line in its place."""
         with self._writing:
             try:
-                return [self.judged(name, schema, n, line) for n, line in enumerate(self.raw_lines(name), 1)]
-            except FileDamaged as error:  # no file, or a line without an end
+                return [record for _, record in self.judged(name, schema)]
+            except FileDamaged as error:  # of the file as a whole
                 return [error]
 
     def last(
@@ -118,12 +121,8 @@ class Reading:
         lines = (content[: content.rfind(b"\n") + 1] + waiting).split(b"\n")[:-1]
         return start == 0, lines if start == 0 else lines[1:]
 
-    def raw_lines(self, name: str) -> Iterator[bytes]:
-        """The lines of a file, and those that wait, each with its newline.
-
-        Raises:
-            FileDamaged: it is no file, or a line goes on for more than FILE_BYTES.
-        """
+    def _lines(self, name: str) -> Iterator[bytes]:
+        """The lines of a file, and those that wait, each with its newline."""
         with self._gathering:
             waiting = self._waiting.get(name, b"")
         with suppress(FileNotFoundError), self._open(name) as stream:
@@ -135,13 +134,21 @@ class Reading:
                     raise FileDamaged(f"{self.files.where(name)} is damaged: it has a line of {FILE_BYTES} bytes")
         yield from waiting.splitlines(keepends=True)
 
-    def judged(self, name: str, schema: Any, number: int, line: bytes) -> dict[str, Any] | FileDamaged:
-        """A line of a file, or what is wrong with it."""
-        try:
-            record: dict[str, Any] = parse(schema, line, f"{self.files.where(name)}, line {number}")
-        except FileDamaged as error:
-            return error
-        return record
+    def judged(self, name: str, schema: Any) -> Iterator[tuple[bytes, dict[str, Any] | FileDamaged]]:
+        """The lines of a file, each with its record, or with what is wrong with it.
+
+        Raises:
+            FileDamaged: it is no file, has a line of more than FILE_BYTES, or more than MOST_DAMAGED damaged ones.
+        """
+        where, damaged = self.files.where(name), 0
+        for number, line in enumerate(self._lines(name), 1):
+            try:
+                record: dict[str, Any] | FileDamaged = parse(schema, line, f"{where}, line {number}")
+            except FileDamaged as error:
+                record, damaged = error, damaged + 1
+                if damaged > MOST_DAMAGED:
+                    raise FileDamaged(f"{where} is damaged: more than {MOST_DAMAGED} lines of it are") from error
+            yield line, record
 
     def record(self, name: str, schema: Any) -> Any:
         """A JSON file of the folder, as its schema has it.

@@ -16,8 +16,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from popmtl.errors import FileDamaged
 
-FILE_BYTES = 2**26
-"""The most that a JSON file, or a line of one, is read of: 64 MiB; a thousand members take less than a tenth of it."""
+FILE_BYTES = 2**24
+"""The most that a JSON file, or a line of one, may have: 16 MiB. A thousand members take less, and whatever it holds, it
+takes less than a GiB to find out."""
 
 SHOWN = 60
 """Characters of a value that a complaint shows."""
@@ -81,8 +82,10 @@ def _reason(error: ValidationError) -> str:
     places = [str(part) for part in first["loc"] if part != "other"]
     place = ".".join(part for part in places if re.fullmatch(r"[\w /%-]+", part))
     if first["type"] not in ("missing", "value_error"):
-        value = ascii(first["input"])
-        what += f", not {value if len(value) <= SHOWN else value[: SHOWN - 1] + '…'}"
+        value = first["input"]
+        kinds = {dict: "an object", list: "a list"}
+        shown = kinds.get(type(value)) or ascii(value[:SHOWN] if isinstance(value, str) else value)
+        what += f", not {shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + '…'}"
     return f"{place}: {what}" if place else what
 
 

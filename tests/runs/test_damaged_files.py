@@ -26,9 +26,10 @@ from popmtl.runs.checkpoint import (
     whole,
     write_tensors,
 )
-from popmtl.runs.folder import RunFolder, states
+from popmtl.runs.folder import RunFolder, runs_in, states
 from popmtl.runs.front import Front
 from popmtl.runs.records import FILE_BYTES
+from popmtl.runs.storage import LocalStorage
 from popmtl.tracking.mlflow_sink import MlflowSink
 from popmtl.tracking.outbox import CURSOR, JOURNAL, Outbox, read_journal
 
@@ -215,6 +216,18 @@ def test_a_file_without_an_end_is_refused(run, name, capsys):
     assert time.monotonic() - start < 10
 
 
+def test_a_file_of_nothing_but_damaged_lines_is_refused_as_a_whole(run, capsys):
+    for name in LINES:
+        run.write(name, b"\n" * 2**24)
+    start = time.monotonic()
+    code, out, _ = cli(capsys, "runs", "--storage", str(run.storage))
+    assert (code, "other" in out, "more than 10000 lines of it are" in out) == (OK, True, True)
+    assert cli(capsys, "track", str(run.path))[0] == BAD_REQUEST
+    with pytest.raises(RequestError, match="more than 10000 lines of it are"):
+        run.forget_metrics_after(10, pytest.fail)
+    assert time.monotonic() - start < 10
+
+
 def test_a_cut_last_line_is_no_record_and_goes_when_the_file_is_appended_to(run, capsys):
     for name in LINES:
         run.write(name, run.read(name) + b'{"time": "2026-1')
@@ -346,6 +359,15 @@ def test_an_unreadable_run_does_not_keep_the_others_from_being_listed(run, capsy
     code, out, _ = cli(capsys, "runs", "--storage", str(run.storage))
     assert (code, out.count("finished"), out.count("damaged")) == (OK, 1, 1)
     assert "Permission denied" in out
+    entry = LocalStorage.entry
+
+    def forbids(self, name):
+        if name == "run/config.yaml":
+            raise PermissionError(13, "Permission denied")
+        return entry(self, name)
+
+    monkeypatch.setattr(LocalStorage, "entry", forbids)
+    assert [one.name for one in runs_in(run.storage)] == ["other"]
 
 
 def harmed(content, other, random):
