@@ -17,8 +17,8 @@ from typing_extensions import NotRequired, TypedDict
 from popmtl.errors import FileDamaged
 
 FILE_BYTES = 2**24
-"""The most that a JSON file, or a line of one, may have: 16 MiB. A thousand members take less, and whatever it holds, it
-takes less than a GiB to find out."""
+"""The most that a JSON file, or a line of one, may have: 16 MiB. A thousand members take less, and whatever it holds,
+it takes less than a GiB to find out."""
 
 SHOWN = 60
 """Characters of a value that a complaint shows."""
@@ -83,9 +83,11 @@ def _reason(error: ValidationError) -> str:
     place = ".".join(part for part in places if re.fullmatch(r"[\w /%-]+", part))
     if first["type"] not in ("missing", "value_error"):
         value = first["input"]
-        kinds = {dict: "an object", list: "a list"}
-        shown = kinds.get(type(value)) or ascii(value[:SHOWN] if isinstance(value, str) else value)
-        what += f", not {shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + '…'}"
+        if isinstance(value, dict | list):
+            what += ", not an object" if isinstance(value, dict) else ", not a list"
+        else:
+            shown = ascii(value[:SHOWN] if isinstance(value, str) else value)
+            what += f", not {shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + '…'}"
     return f"{place}: {what}" if place else what
 
 
