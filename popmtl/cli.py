@@ -79,6 +79,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.front import BEST
     from popmtl.runs.names import check_run_name
+    from popmtl.runs.reading import passing_over
     from popmtl.runs.storage import split
     from popmtl.tracking.links import where_to_look
 
@@ -137,7 +138,10 @@ def train(options: argparse.Namespace) -> None:
                 # Behind a URL the contents are read once, by the actors.
                 contents = folder.files.path is not None
                 checkpoint = find_checkpoint(folder, plan, damaged.append, contents=contents)
+            damaged_lines: list[str] = []
+            folder.events(damaged_lines.append)
             print_warnings(console, [f"damaged checkpoint, passed over: {what}" for what in damaged])
+            print_warnings(console, [f"damaged line, passed over: {what}" for what in damaged_lines])
             begins = f" goes on from {checkpoint[0]}" if checkpoint else " has no checkpoint: starts from the beginning"
         folder.write_config(config.resolved(), new=not options.resume or folder.lacks_config())
         console.print(f"run {folder.location}{begins}", highlight=False, soft_wrap=True)
@@ -152,7 +156,8 @@ def train(options: argparse.Namespace) -> None:
             resumes = bool(options.resume)
             report = driver.run(plan, folder.location, name, line.show, resumes=resumes, profile=options.profile)
     print_front(console, report.front)
-    for event in [event for event in folder.events() if event["kind"] == "stopped early"][-1:]:
+    events = folder.events(passing_over)  # it was said
+    for event in [event for event in events if event["kind"] == "stopped early"][-1:]:
         if event["step"] + (plan.aligned.steps if plan.aligned else 0) == report.front.steps:  # and was not resumed
             at = f"step {event['step']} of {len(plan.factors)}"
             console.print(f"MTGD stopped early, at {at}: {event['why']}", highlight=False, soft_wrap=True)
@@ -165,7 +170,7 @@ def train(options: argparse.Namespace) -> None:
         shown = f"popmtl front {shlex.quote(folder.location)} --from best"
         console.print(f"best    {folder.files.where(BEST)}: {shown}", highlight=False, soft_wrap=True)
     if options.profile:  # what was said while it ran may have come too late to be shown
-        for event in [event for event in folder.events() if event["kind"] == "profile"][-1:]:
+        for event in [event for event in events if event["kind"] == "profile"][-1:]:
             console.print(f"profile {event['trace']}", highlight=False, soft_wrap=True)
     print_warnings(console, [*report.unwritten, *(f"MLflow: {complaint}" for complaint in report.complaints)])
     if report.location:
@@ -525,7 +530,8 @@ def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None
 
 def verify(options: argparse.Namespace) -> None:
     """`popmtl verify`: every file of a run's checkpoints against its manifest."""
-    from popmtl.runs.checkpoint import checkpoints, damage, hypervolume_of
+    from popmtl.errors import CheckpointDamaged
+    from popmtl.runs.checkpoint import checkpoints, hypervolume_of, whole
     from popmtl.runs.folder import RunFolder
     from popmtl.runs.storage import split
 
@@ -533,13 +539,15 @@ def verify(options: argparse.Namespace) -> None:
     folder.config()
     with _reading(options.run):
         found = checkpoints(folder)
-    damaged = {name: what for name in found if (what := damage(folder, name))}
+    damaged = 0
     for name in found:
-        hypervolume = hypervolume_of(folder, name)
-        figure = "" if hypervolume is None else f", hypervolume {hypervolume:.5g}"
-        _say(f"{split(name)[1]}: {damaged.get(name, f'whole{figure}')}")
+        try:
+            stands = f"whole, hypervolume {hypervolume_of(whole(folder, name)[1]):.5g}"
+        except CheckpointDamaged as error:
+            stands, damaged = str(error), damaged + 1
+        _say(f"{split(name)[1]}: {stands}")
     if damaged:
-        raise RunError(f"{folder.location}: {len(damaged)} of {len(found)} checkpoints are damaged")
+        raise RunError(f"{folder.location}: {damaged} of {len(found)} checkpoints are damaged")
     if not found:
         _say(f"{folder.location} has no checkpoint")
 

@@ -15,13 +15,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from popmtl.errors import RequestError
 from popmtl.method.front import Hypervolume, exact_points
 from popmtl.runs.baseline import SINGLE_TASK
 from popmtl.runs.choice import chosen_on_test, figures_of, in_words, knee_of
 from popmtl.runs.comparison import Comparison
 from popmtl.runs.files import to_json
-from popmtl.runs.folder import RunFolder, states
+from popmtl.runs.folder import METRICS, RunFolder, states
 from popmtl.runs.front import Front
+from popmtl.runs.records import Volume
+from popmtl.runs.storage import said
 from popmtl.text import in_bytes, printable
 
 if TYPE_CHECKING:  # they import Ray and torch
@@ -82,9 +85,12 @@ class ProgressLine:
         if progress.execution != self.execution:
             self.execution = progress.execution
             self.console.print(f"rows of an actor: {self.execution}", highlight=False, soft_wrap=True)
-        for notice in progress.notices[self.notices :]:
+        new = progress.noticed - self.notices
+        if new > len(progress.notices):
+            self.console.print(f"{new - len(progress.notices)} more are in events.jsonl", style="yellow")
+        for notice in progress.notices[-new:] if new else ():
             self.console.print(notice, style="yellow", highlight=False, soft_wrap=True)
-        self.notices = len(progress.notices)
+        self.notices = progress.noticed
         if self.live:
             self.live.update(_plain(line), refresh=True)
         elif progress.stage != self.stage or time.monotonic() - self.shown >= LINE_SECONDS:
@@ -214,7 +220,7 @@ def print_front(console: Console, front: Front) -> None:
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("stage")
     for member in front.members:
-        figures = [*member.objectives, *(member.metrics[name] for name in metrics)]
+        figures = [*member.objectives, *(member.metrics.get(name, math.nan) for name in metrics)]
         table.add_row(
             f"{'k' if member is knee else ''}{'*' if member.non_dominated else ' '} {member.subproblem}",
             " ".join(f"{w:.2f}" for w in member.weights),
@@ -289,13 +295,20 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
-    """One row a run: how it stands, and the last evaluation that it wrote."""
+    """One row a run: how it stands, and the last evaluation that it wrote; below, what is damaged."""
     table = _table()
     for name in ("run", "state", "step", "hypervolume"):
         table.add_column(name, justify="left" if name in ("run", "state") else "right")
-    found = states(folders)
+    damaged: list[str] = []
+    found = states(folders, damaged.append)
     for folder, state in zip(folders, found, strict=True):
-        last: dict[str, Any] = next(reversed(folder.metrics()), {})
+        last: dict[str, Any] = {}
+        try:
+            last = folder.last(METRICS, Volume) or {}
+        except RequestError as error:
+            damaged.append(str(error))
+        except OSError as error:
+            damaged.append(f"{folder.location} cannot be read: {said(error)}")
         figure = last.get("hypervolume")
         shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure else ""
         table.add_row(folder.name, state, str(last.get("step", "")), shown)
@@ -304,6 +317,7 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
         if state == "incomplete":
             command = f"popmtl train --resume {shlex.quote(folder.location)}"
             console.print(f"{command} brings what its end lacks", highlight=False, soft_wrap=True, markup=False)
+    print_warnings(console, damaged)
 
 
 def print_jobs(console: Console, jobs: Sequence[JobDetails]) -> None:

@@ -19,6 +19,10 @@ class RequestError(ValueError):
     """A request that cannot be carried out as it stands: a bad config, problem or path. Exit code 2."""
 
 
+class FileDamaged(RequestError):  # noqa: N818  # it says what happened
+    """A file of a run folder, or a line of it, is not what PopMTL writes there; the message names it."""
+
+
 class RunError(RuntimeError):
     """A run that started and failed. Exit code 1."""
 

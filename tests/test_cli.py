@@ -20,6 +20,7 @@ import torch
 import user_problems
 import yaml
 from finished_runs import members
+from run_records import record
 
 from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.config import Config, load_config
@@ -286,10 +287,10 @@ def test_what_cannot_be_resumed_is_said(earlier, no_ray, capsys, tmp_path):
 def test_a_resume_with_all_checkpoints_damaged_is_refused_and_the_files_named(earlier, no_ray, capsys):
     for step in (1, 2):
         name = checkpoint_name(step)
-        file = write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})
-        commit(earlier, name, [file], {"step": step})
+        file = write_tensors(earlier, f"{name}/{subproblem_file(0)}", {"row": torch.zeros(3)}, {})
+        commit(earlier, name, [file], record(step, n=1))
         earlier.append_event("checkpoint", step=step, checkpoint=name)
-    gone = [earlier.path / checkpoint_name(1) / "a.safetensors", earlier.path / checkpoint_name(2) / "manifest.json"]
+    gone = [earlier.path / checkpoint_name(1) / subproblem_file(0), earlier.path / checkpoint_name(2) / "manifest.json"]
     for file in gone:
         file.unlink()
     before = (earlier.path / "config.yaml").read_bytes()
@@ -302,8 +303,9 @@ def test_a_resume_with_all_checkpoints_damaged_is_refused_and_the_files_named(ea
 def test_a_resume_with_a_config_that_was_edited_in_the_run_folder_is_refused(earlier, no_ray, capsys):
     plan = make_plan(Config.model_validate(earlier.config()), [{"CPU": 2.0}])
     name = checkpoint_name(10)
-    record = {"step": 10, "fine_tuned": None, "course": {"step": 10}, "identity": plan.identity}
-    commit(earlier, name, [write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})], record)
+    rows = [{"row": torch.zeros(3)}] * len(plan.W)
+    files = [write_tensors(earlier, f"{name}/{subproblem_file(i)}", row, {}) for i, row in enumerate(rows)]
+    commit(earlier, name, files, record(10, len(rows), identity=plan.identity))
     config = earlier.path / "config.yaml"
     config.write_text(config.read_text().replace("seed: 0", "seed: 7").replace("strength: 0.5", "strength: 0.4"))
     assert main(["train", "--resume", str(earlier.path)]) == BAD_REQUEST
@@ -347,13 +349,13 @@ def test_checkpoints_are_verified(earlier, capsys):
     assert "no checkpoint" in capsys.readouterr().out
     for step in (1, 2):
         name = checkpoint_name(step)
-        file = write_tensors(earlier, f"{name}/a.safetensors", {"row": torch.zeros(3)}, {})
-        commit(earlier, name, [file], {"step": step})
+        file = write_tensors(earlier, f"{name}/{subproblem_file(0)}", {"row": torch.zeros(3)}, {})
+        commit(earlier, name, [file], record(step, n=1))
     assert main(["verify", str(earlier.path)]) == OK
-    earlier.files.remove(f"{checkpoint_name(2)}/a.safetensors")
+    earlier.files.remove(f"{checkpoint_name(2)}/{subproblem_file(0)}")
     assert main(["verify", str(earlier.path)]) == FAILED
     out, err = capsys.readouterr()
-    assert "a.safetensors is missing" in out
+    assert f"{subproblem_file(0)} is missing" in out
     assert "1 of 2 checkpoints are damaged" in err
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
@@ -36,7 +37,7 @@ from popmtl.distributed.profile import steps_needed
 from popmtl.distributed.progress import Progress, Report, Stage
 from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, Steps
-from popmtl.errors import ActorLost, CheckpointDamaged, NoRoom, RunError
+from popmtl.errors import ActorLost, CheckpointDamaged, FileDamaged, NoRoom, RunError
 from popmtl.method.course import Course, Observation
 from popmtl.method.delta_m import delta_m
 from popmtl.method.fine_tuning import STABILITY, FineTuned
@@ -51,18 +52,18 @@ from popmtl.runs import proof
 from popmtl.runs.baseline import DELTA_M
 from popmtl.runs.checkpoint import (
     checkpoint_name,
-    checkpoints,
     checkpoints_at,
     commit,
-    course_of,
-    damage,
     discard,
     files_of,
     keep_last,
     set_aside,
+    whole,
 )
-from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
+from popmtl.runs.folder import COORDINATOR_LOCK, EVENTS, METRICS, RunFolder
 from popmtl.runs.front import BEST, LAST, Figures, Front, Member
+from popmtl.runs.reading import passing_over
+from popmtl.runs.records import AnyEvent, Volume
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.runs.storage import said
 from popmtl.tracking.ending import conclude
@@ -235,7 +236,7 @@ class Coordinator:
                 assert self.resumption is not None  # an actor has read it
                 self._event("damaged checkpoint", what=describe_failure(error))
                 self._release()
-                await asyncio.to_thread(set_aside, self.folder, self.resumption.checkpoint)
+                await asyncio.to_thread(set_aside, self.folder, self.resumption.checkpoint, describe_failure(error))
                 await self._rewind()
             except (ActorLost, ConnectionError, TimeoutError, GetTimeoutError) as error:
                 failures += 1
@@ -265,19 +266,25 @@ class Coordinator:
         step = -1
         if found:
             name, record = found
-            for later in await asyncio.to_thread(checkpoints, self.folder):
-                if later > name:  # damaged; what follows is written later, and may be of earlier steps
-                    await asyncio.to_thread(set_aside, self.folder, later)
             step = record["step"]
-            self.course.restore(record["course"])
-            self.constants = {name: (norm, product) for name, (norm, product) in record["untrained"].items()}
-            assert self.course.ideal is not None  # observed before the first step
+            self.course.restore(record["course"], partial(self._volumes, step))
+            self.constants = record["untrained"]
+            assert self.course.ideal is not None  # a state has one
             files = await asyncio.to_thread(files_of, self.folder, name)
             self.resumption = Resumption(name, files, step, record["fine_tuned"], self.course.ideal)
-            if len(record["executions"]) == len(self.plan.placement.rows):
+            if len(record["executions"] or ()) == len(self.plan.placement.rows):
                 self.executions = record["executions"]  # another choice would round otherwise
-        await asyncio.to_thread(self.folder.forget_metrics_after, step)
+        damaged: list[str] = []
+        await asyncio.to_thread(self.folder.forget_metrics_after, step, damaged.append)
+        for what in damaged:
+            self._event("damaged line", what=what)
         self._event("rewound", step=max(0, step), checkpoint=found[0] if found else None)
+
+    def _volumes(self, step: int) -> list[float]:
+        """The hypervolumes of the evaluations up to a step, in order."""
+        lines = self.folder.lines(METRICS, Volume, passing_over)  # they are told of when they are dropped
+        found = [line["hypervolume"] for line in lines if line["step"] <= step and line["stage"] == "mtgd"]
+        return [volume for volume in found if volume is not None]
 
     async def _start_checkpoint(self, fine_tuned: int | None) -> None:
         """Has the actors copy their rows, and write them while they go on.
@@ -295,9 +302,7 @@ class Coordinator:
             "executions": self.executions,
             "untrained": self.constants,
             "course": self.course.state(),
-            "hypervolume": self.course.history[-1].hypervolume,
-            "hypervolume_error": self.course.history[-1].hypervolume_error,
-            "best": self.course.best.step if self.plan.config.front.best else None,
+            "best": self.course.best.step if self.course.best and self.plan.config.front.best else None,
             "identity": self.plan.identity,
         }
         self.pending, self.last_checkpoint = (name, record), time.monotonic()
@@ -339,7 +344,11 @@ class Coordinator:
 
     async def _start_actors(self) -> None:
         starts = ("started", "resumed", "recovering")  # one of them precedes each start of actors
-        kinds = [event["kind"] for event in self.folder.events()]
+        kinds = [
+            # A damaged line may have been one of them; who starts later must not write where one before did.
+            starts[0] if isinstance(event, FileDamaged) else event["kind"]
+            for event in self.folder.judged_lines(EVENTS, AnyEvent)
+        ]
         self.generation = sum(kind in starts for kind in kinds) - 1
         self.metrics.tell(GENERATION, self.generation)
         self.metrics.tell(RECOVERIES, kinds.count("recovering"))
@@ -467,7 +476,7 @@ class Coordinator:
 
     async def _train(self) -> None:
         self._enter("training", len(self.plan.factors))
-        if not self.course.history:
+        if not self.course.last:
             await self._observe()
             if self._is_best():
                 await self._start_checkpoint(None)
@@ -506,7 +515,7 @@ class Coordinator:
 
     def _is_best(self) -> bool:
         """Whether the rows are those of the best evaluation so far, which a front is to be made of."""
-        return self.plan.config.front.best and self.course.best is self.course.history[-1]
+        return self.plan.config.front.best and self.course.best is self.course.last
 
     async def _reseed(self) -> None:
         """Has the rows that are out, and not for good, start again."""
@@ -594,9 +603,9 @@ class Coordinator:
         steps = course.step + (plan.aligned.steps if plan.aligned else 0)
         validation = await self._final_validation(fine_tuned)
         front = self._front(course, evaluations, validation, steps, fine_tuned)
-        if plan.config.front.best and course.best.step != steps:
+        if plan.config.front.best and course.best and course.best.step != steps:
             try:
-                await self._write_best()
+                await self._write_best(course.best.step)
             except ActorLost:
                 raise  # to be recovered from: the run would end without what another has
             except (RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
@@ -607,19 +616,15 @@ class Coordinator:
         await asyncio.to_thread(write_front, self.folder, front)  # from here on, see `ending`
         return Report(front, fine_tuned, None, ())
 
-    async def _write_best(self) -> None:
+    async def _write_best(self, step: int) -> None:
         """Writes the front of the models at the best evaluation; the actors' rows are those from here on."""
-        step = self.course.best.step
         found = await asyncio.to_thread(checkpoints_at, self.folder, step)
         why = f"there is no whole checkpoint of step {step}"
         for name in found:
-            if damaged := await asyncio.to_thread(damage, self.folder, name, contents=False):
-                why = damaged
-                continue
-            files = await asyncio.to_thread(files_of, self.folder, name)
             then = self._new_course()
-            then.restore(course_of(self.folder, name)["course"])
             try:
+                files, record = await asyncio.to_thread(whole, self.folder, name, contents=False)
+                then.restore(record["course"])
                 await self.crew.all("recall", name, files)
             except CheckpointDamaged as error:
                 why = describe_failure(error)
@@ -723,7 +728,7 @@ class Coordinator:
         """Something that a user wants to know of: in the run folder, on the screen, and in MLflow."""
         self.folder.append_event(kind, **details)
         text = ", ".join(f"{name} {value}" for name, value in details.items())
-        self.now = replace(self.now, notices=(*self.now.notices, f"{kind}: {text}"))
+        self.now = self.now.noticing(f"{kind}: {text}")
         if self.sink:
             self.sink.log_event(kind, text)
 

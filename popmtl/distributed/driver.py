@@ -30,6 +30,7 @@ from popmtl.distributed.progress import Progress, Report
 from popmtl.distributed.session import RayDied
 from popmtl.errors import RequestError, RunError
 from popmtl.runs.folder import RunFolder, last_word
+from popmtl.runs.reading import passing_over
 from popmtl.runs.storage import split
 from popmtl.tracking.ending import is_tracked
 from popmtl.tracking.mlflow_sink import location_of
@@ -176,7 +177,7 @@ def _left(folder: RunFolder, error: RayDied) -> Report:
         raise error
     if last_word(folder) != "finished":
         raise RayDied(f"{error}: its front is complete, what comes after it may not be") from error
-    complaints = [event for event in folder.events() if event["kind"] == "finished"][-1]["tracking"]
+    complaints = [event for event in folder.events(passing_over) if event["kind"] == "finished"][-1]["tracking"]
     location = location_of(folder) if is_tracked(folder) else None
     return Report(folder.front(), [], location, complaints)
 

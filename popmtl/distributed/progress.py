@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from popmtl.method.fine_tuning import FineTuned
@@ -12,6 +12,9 @@ from popmtl.runs.front import Front
 from popmtl.tracking.links import Location
 
 Stage = Literal["starting", "training", "fine-tuning", "writing results"]
+
+NOTICES = 100
+"""So many are told: the driver asks twice a second."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Progress:
         steps_per_second: in this stage; None at its start.
         awaits: what it waits for before its actors can take steps; None if it does not.
         execution: how the actors take the gradients of several rows, and why; None where each has one, or before.
-        notices: what else happened since the run started, such as lost actors.
+        notices: what else happened since the run started, such as lost actors: the last of it.
+        noticed: how much there was of it.
     """
 
     stage: Stage
@@ -39,6 +43,11 @@ class Progress:
     awaits: str | None = None
     execution: str | None = None
     notices: tuple[str, ...] = ()
+    noticed: int = 0
+
+    def noticing(self, notice: str) -> Progress:
+        """With one notice more."""
+        return replace(self, notices=(*self.notices, notice)[-NOTICES:], noticed=self.noticed + 1)
 
     @property
     def seconds_left(self) -> float | None:

@@ -19,8 +19,8 @@ def find_checkpoint(
     Args:
         folder: of the run.
         plan: to go on with.
-        complain: is told of every damaged checkpoint that is passed over.
-        contents: as in `damage`.
+        complain: is told of every damaged checkpoint that is passed over; none of them counts any more.
+        contents: as in `whole`.
 
     Raises:
         RequestError: all checkpoints are damaged, naming the files; or the latest whole one is of another run than the
@@ -35,6 +35,10 @@ def find_checkpoint(
     if different := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
         lines = [f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in different]
         raise RequestError(f"{path} is of a run with another config; these differ:\n" + "\n".join(lines))
+    rows, objectives = len(record["course"]["reseeds"]), len(record["course"]["ideal"])
+    if (rows, objectives) != plan.W.shape:
+        N, m = plan.W.shape
+        raise RequestError(f"{path} is of {rows} subproblems and {objectives} objectives, and the run has {N} and {m}")
     trained, fine_tuned = record["course"]["step"], record["fine_tuned"]
     if trained > len(plan.factors):
         raise RequestError(f"train.steps: {path} has {trained} steps, more than {len(plan.factors)}")

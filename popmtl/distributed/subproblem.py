@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from popmtl.distributed.mixing.timed import Timed
 from popmtl.distributed.placement import describe_actor
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.profile import Profile
+from popmtl.errors import RunError
 from popmtl.method.curves import Told
 from popmtl.method.fine_tuning import FineTuned, FineTuning
 from popmtl.method.mixing import Mixing
@@ -37,6 +39,7 @@ from popmtl.problems.registry import load_problem
 from popmtl.runs import proof
 from popmtl.runs.checkpoint import WrittenFile, read_tensors, subproblem_file, write_tensors
 from popmtl.runs.folder import RunFolder
+from popmtl.runs.records import RowNumbers, check
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Resumption:
-    """The checkpoint that actors go on from: its files, the steps of all stages that are done, and of fine-tuning."""
+    """The checkpoint that actors go on from: its files in the order of the subproblems, and the steps that are done."""
 
     checkpoint: str
     files: Sequence[WrittenFile]
@@ -140,14 +143,39 @@ class SubproblemActor:
 
     def _resume(self, resumption: Resumption) -> None:
         block = self.block
-        files = {file.name: file for file in resumption.files}
-        mine = [files[subproblem_file(i)] for i in block.subproblems]
-        states = [RowState(*read_tensors(self.folder, resumption.checkpoint, file)) for file in mine]
-        if resumption.fine_tuned is None:
-            put(block, block.optimizers, states)
-        else:
-            assert self.aligned is not None  # the same config that wrote it
-            self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, states)
+        states = self._states(resumption.checkpoint, resumption.files)
+        with self._takes(resumption.checkpoint):
+            if resumption.fine_tuned is None:
+                put(block, block.optimizers, states)
+            else:
+                assert self.aligned is not None  # the same config that wrote it
+                self.fine_tuning = FineTuning(block, self.aligned, resumption.ideal, states)
+
+    def _states(self, checkpoint: str, files: Sequence[WrittenFile]) -> list[RowState]:
+        """The rows as a checkpoint has them.
+
+        Raises:
+            CheckpointDamaged: a file is not what was written.
+            RunError: one is, and not of this row: of another model, or made by somebody else.
+        """
+        states = []
+        for i, subproblem in enumerate(self.block.subproblems):
+            file = files[subproblem]
+            state = RowState(*read_tensors(self.folder, checkpoint, file))
+            with self._takes(f"{checkpoint}/{file.name}"):
+                check(RowNumbers, state.numbers)
+                _check_tensors(self.block, i, state.tensors)
+            states.append(state)
+        return states
+
+    @contextmanager
+    def _takes(self, name: str) -> Iterator[None]:
+        """Says in one line what it is of a checkpoint that rows, optimizers, streams or modules do not take."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise RunError(f"{self.folder.files.where(name)}: these rows cannot go on from it: {why}") from error
 
     def start(self) -> tuple[Marks, Marks]:
         """Marks of the first row's parameters, which all actors begin with alike, and of what is not trained."""
@@ -265,12 +293,11 @@ class SubproblemActor:
 
     def recall(self, checkpoint: str, files: Sequence[WrittenFile]) -> None:
         """Has the rows as they were at a checkpoint of MTGD."""
-        named = {file.name: file for file in files}
-        mine = [named[subproblem_file(i)] for i in self.block.subproblems]
-        for i, file in enumerate(mine):
-            state = RowState(*read_tensors(self.folder, checkpoint, file))
-            put_model(self.block, i, state)
-            self.block.out[i] = state.numbers["out"]
+        states = self._states(checkpoint, files)
+        with self._takes(checkpoint):
+            for i, state in enumerate(states):
+                put_model(self.block, i, state)
+                self.block.out[i] = state.numbers["out"]
 
     def state(self, i: int) -> dict[str, NDArray[Any]]:
         """The state of the model of row i of this actor's rows."""
@@ -279,3 +306,29 @@ class SubproblemActor:
     def reseed(self, i: int, state: dict[str, NDArray[Any]]) -> None:
         """Starts row i of this actor's rows again."""
         self.block.reseed(i, state)
+
+
+STATES = ("row", "buffers", "optimizer", "extra", "stream")
+"""What the names of a row's tensors begin with; for the model from before the Aligned-MTL stage, after "before/"."""
+
+
+def _check_tensors(block: Block, i: int, tensors: Mapping[str, Tensor]) -> None:
+    """Looks at what would be converted or left out silently; see `popmtl.method.snapshot.RowState`.
+
+    Raises:
+        ValueError: tensors are not of row i of a block.
+    """
+    row, frozen = block.rows[i], dict(block.models[i].named_parameters())
+    known: dict[str, tuple[torch.dtype, torch.Size | None]] = {"row": (row.dtype, row.shape)}
+    # Buffers may have another shape by now.
+    known |= {f"buffers/{n}": (v.dtype, v.shape if n in frozen else None) for n, v in block.initial.items()}
+    if "row" not in tensors:
+        raise ValueError(f"subproblem {block.subproblems[i]}: there is no row")
+    for name, value in tensors.items():
+        own = name.removeprefix("before/")
+        dtype, shape = known.get(own, (value.dtype, None))
+        if own.partition("/")[0] not in STATES or value.dtype != dtype or shape not in (None, value.shape):
+            raise ValueError(
+                f"subproblem {block.subproblems[i]}: {name}, of {list(value.shape)} {value.dtype}, is not that of this "
+                "model"
+            )

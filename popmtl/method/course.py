@@ -6,7 +6,8 @@ so that they take the same decisions at the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ REFERENCE_MARGIN = 0.1
 class Observation:
     """The population evaluated at a step: objective values F (N, m), their hypervolume and non-dominated count.
 
-    `metrics` are the problem's, N values each by name; an observation that comes from a checkpoint has none.
+    `metrics` are the problem's, N values each by name.
     `hypervolume_error` is that of an estimate, see `Hypervolume`; None where the hypervolume is exact.
     """
 
@@ -37,6 +38,15 @@ class Observation:
     front_size: int
     hypervolume_error: float | None = None
     metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a course keeps of an observation: all that its decisions need, however many there are."""
+
+    step: int
+    hypervolume: float
+    hypervolume_error: float | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,10 @@ class Course:
         ideal: z, shape (m,): fixed, or the least values observed so far.
         reference_point: shape (m,), fixed for the run: given, or a tenth of its size (at least 0.1) beyond the
             objective values that were observed first.
-        history: every observation.
+        last: the last observation; None before the first.
+        best: the one with the largest hypervolume, of several the first.
+        improved: the hypervolume of the last improvement, see `Stop`, or of the first observation.
+        stale: how many observations there were since then.
         out: the rows that are out of the population, and how they left.
         reseeds: how often each row was re-seeded.
         means: of what the steps since the last evaluation told of themselves.
@@ -90,7 +103,9 @@ class Course:
         self.reseeds = [0] * len(W)
         self.means = Means(len(W))
         self.step = 0
-        self.history: list[Observation] = []
+        self.last: Seen | None = None
+        self.best: Seen | None = None
+        self.improved, self.stale = -math.inf, 0
         self.tracks_ideal = ideal_point is None
         self.ideal: Matrix | None = None if ideal_point is None else np.asarray(ideal_point, dtype=np.float64)
         self.reference_point = None if reference_point is None else np.asarray(reference_point, dtype=np.float64)
@@ -114,23 +129,20 @@ class Course:
         if self.tracks_ideal:
             least = finite.min(0)
             self.ideal = least if self.ideal is None else np.minimum(self.ideal, least)
-        self.history.append(self.measure(F, self.step, metrics))
-        if self.stop.patience is not None and (stale := self._stale()) >= self.stop.patience:
-            self._end(f"no improvement of the hypervolume in {stale} evaluations")
-        return self.history[-1]
+        seen = self.measure(F, self.step, metrics)
+        self.last = Seen(seen.step, seen.hypervolume, seen.hypervolume_error)
+        if self.best is None or seen.hypervolume > self.best.hypervolume:
+            self.best = self.last
+        self._count(seen.hypervolume)
+        if self.stop.patience is not None and self.stale >= self.stop.patience:
+            self._end(f"no improvement of the hypervolume in {self.stale} evaluations")
+        return seen
 
-    @property
-    def best(self) -> Observation:
-        """The observation with the largest hypervolume, of several the first."""
-        return max(self.history, key=lambda seen: seen.hypervolume)
-
-    def _stale(self) -> int:
-        """How many evaluations there were since the last improvement, or the first evaluation."""
-        last, stale = self.history[0].hypervolume, 0
-        for seen in self.history[1:]:
-            improved = seen.hypervolume - last > self.stop.min_improvement * abs(last)
-            last, stale = (seen.hypervolume, 0) if improved else (last, stale + 1)
-        return stale
+    def _count(self, volume: float) -> None:
+        """Notes whether an observation's hypervolume is an improvement."""
+        first = self.improved == -math.inf
+        improves = first or volume - self.improved > self.stop.min_improvement * abs(self.improved)
+        self.improved, self.stale = (volume, 0) if improves else (self.improved, self.stale + 1)
 
     def _end(self, why: str) -> None:
         if self.step < len(self.factors):
@@ -167,15 +179,21 @@ class Course:
         return Observation(step, F, volume.value, int(non_dominated(F).sum()), volume.error, metrics or {})
 
     def state(self) -> dict[str, Any]:
-        """Where the course stands, as JSON can hold it."""
+        """Where the course stands, as JSON can hold it: as much however long it is.
+
+        Raises:
+            ValueError: the population has not been observed yet.
+        """
+        if self.last is None or self.best is None or self.ideal is None or self.reference_point is None:
+            raise ValueError("the population must be observed once, to have a state")
         return {
             "step": self.step,
-            "ideal": None if self.ideal is None else self.ideal.tolist(),
-            "reference_point": None if self.reference_point is None else self.reference_point.tolist(),
-            "history": [
-                {**{k: v for k, v in vars(seen).items() if k != "metrics"}, "F": seen.F.tolist()}
-                for seen in self.history
-            ],
+            "ideal": self.ideal.tolist(),
+            "reference_point": self.reference_point.tolist(),
+            "last": asdict(self.last),
+            "best": asdict(self.best),
+            "improved": self.improved,
+            "stale": self.stale,
             "out": [asdict(departed) for departed in self.out.values()],
             "reseeds": list(self.reseeds),
             "curves": {name: list(sums) for name, sums in self.means.sums.items()},
@@ -184,18 +202,23 @@ class Course:
             "stop": asdict(self.stop),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from where `state` was taken."""
+    def restore(self, state: Mapping[str, Any], volumes: Callable[[], Sequence[float]] = tuple) -> None:
+        """Goes on from where `state` was taken.
+
+        Args:
+            state: of this course, perhaps through JSON.
+            volumes: gives the hypervolumes of all observations so far, which say what was an improvement where that is
+                defined otherwise now.
+        """
         self.step = state["step"]
-        self.ideal = None if state["ideal"] is None else np.asarray(state["ideal"], dtype=np.float64)
-        if state["reference_point"] is not None:
-            self.reference_point = np.asarray(state["reference_point"], dtype=np.float64)
-        self.history = []
-        for seen in state["history"]:
-            F = np.asarray(seen["F"], dtype=np.float64)
-            # Checkpoints of earlier versions do not hold it; to estimate it again takes a while each.
-            known = "hypervolume" in seen
-            self.history.append(Observation(**{**seen, "F": F}) if known else self.measure(F, seen["step"]))
+        self.ideal = np.asarray(state["ideal"], dtype=np.float64)
+        self.reference_point = np.asarray(state["reference_point"], dtype=np.float64)
+        self.last, self.best = Seen(**state["last"]), Seen(**state["best"])
+        self.improved, self.stale = state["improved"], state["stale"]
+        if state["stop"]["min_improvement"] != self.stop.min_improvement and (seen := volumes()):
+            self.improved, self.stale = -math.inf, 0
+            for volume in seen:
+                self._count(volume)
         self.out = {departed["subproblem"]: Departure(**departed) for departed in state["out"]}
         self.reseeds = list(state["reseeds"])
         self.means.sums = {n: [(total, count) for total, count in sums] for n, sums in state["curves"].items()}

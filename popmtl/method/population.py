@@ -82,11 +82,13 @@ def train_population(
         stop,
     )
     block = Block(problem, range(len(W)), W, recipe, device)
+    history: list[Observation] = []
 
     def observe() -> None:
         evaluations = block.evaluate("validation")
         course.leave(block.take_departures())
         observation = course.observe(objective_matrix(evaluations), metric_columns(evaluations))
+        history.append(observation)
         if observed:
             observed(observation)
 
@@ -113,7 +115,7 @@ def train_population(
         stage = FineTuning(block, aligned, course.ideal)
         stage.run(course.step, aligned.steps)
         fine_tuned = stage.finish()
-    return Population(block, course.history, fine_tuned, course.reference_point)
+    return Population(block, history, fine_tuned, course.reference_point)
 
 
 def objective_matrix(evaluations: Sequence[Evaluation]) -> Matrix:

@@ -1,7 +1,8 @@
 """Checkpoints `checkpoints/step-<n>/` of a run folder: a file for each subproblem, the course, and a manifest.
 
-The manifest is written last, and lists every file with its size and SHA-256: a folder without one is no checkpoint, and
-a file that differs from its entry makes it a damaged one, which is never resumed from.
+The manifest is written last, and lists every file with its size and SHA-256: a folder without one is no checkpoint.
+Whether one with it is whole, `whole` alone decides: what it refuses is never resumed from. What is passed over once has
+a file `damaged` from then on, which says why, and counts no more.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from popmtl.errors import CheckpointDamaged, RequestError
+from popmtl.errors import CheckpointDamaged, FileDamaged, RequestError
 from popmtl.method.front import Hypervolume
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import METRICS, RunFolder
+from popmtl.runs.reading import passing_over
+from popmtl.runs.records import Manifest, Record, Versioned, parse
 from popmtl.runs.storage import PART_BYTES, said
 
-VERSION = 3
-MANIFEST, COURSE = "manifest.json", "course.json"
+VERSION = 4
+MANIFEST, COURSE, DAMAGED = "manifest.json", "course.json", "damaged"
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,10 @@ def read_tensors(folder: RunFolder, checkpoint: str, file: WrittenFile) -> tuple
     if hashlib.sha256(content).hexdigest() != file.sha256:
         raise CheckpointDamaged(_differs(where))
     length = int.from_bytes(content[:8], "little")  # of the header that safetensors begin with
-    return load(content), json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["numbers"])
+    try:
+        return load(content), json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["numbers"])
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:  # whole, and yet not ours
+        raise CheckpointDamaged(f"{where} is not a file of PopMTL's: {type(error).__name__}: {error}") from error
 
 
 def commit(folder: RunFolder, checkpoint: str, files: Sequence[WrittenFile], course: Mapping[str, Any]) -> None:
@@ -86,8 +94,11 @@ def commit(folder: RunFolder, checkpoint: str, files: Sequence[WrittenFile], cou
     """
     # A run that goes on from here does not write the lines from before it again.
     folder.flush()
-    content = json.dumps({"version": VERSION, **course}, indent=1).encode()
+    with suppress(FileNotFoundError):
+        folder.files.sync(METRICS)
+    content = json.dumps({"version": VERSION, **course}).encode()
     everything = [*files, _write(folder, f"{checkpoint}/{COURSE}", content)]
+    folder.files.remove(f"{checkpoint}/{DAMAGED}")
     manifest = json.dumps({"files": [asdict(file) for file in everything]}, indent=1)
     folder.write(f"{checkpoint}/{MANIFEST}", manifest.encode())
     folder.files.sync(checkpoint)
@@ -95,79 +106,93 @@ def commit(folder: RunFolder, checkpoint: str, files: Sequence[WrittenFile], cou
 
 
 def checkpoints(folder: RunFolder) -> list[str]:
-    """Committed checkpoints, the latest first."""
-    return sorted((name for name in _begun(folder) if folder.files.entry(f"{name}/{MANIFEST}")), reverse=True)
+    """Committed checkpoints that were not set aside, the latest first."""
+    return sorted((name for name, files in _begun(folder).items() if _counts(files)), reverse=True)
 
 
-def damage(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> str | None:
-    """The first thing that is wrong with a checkpoint, naming the file; None if it is whole.
+def whole(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> tuple[list[WrittenFile], dict[str, Any]]:
+    """What a checkpoint holds, if it is whole: the subproblems' files in their order, and its record (course.json).
+
+    It is whole if its manifest lists the record, and the file of each subproblem that this knows of, once, and nothing
+    else; if all of them are there and of the sizes and SHA-256 of their entries; and if the record is of this version
+    and holds all that it should.
 
     Args:
         folder: of the run.
         checkpoint: its name there.
         contents: read every file; otherwise only the sizes of the subproblems' files are looked at.
+
+    Raises:
+        CheckpointDamaged: it is not; the first thing that is wrong, naming the file.
     """
+    where = folder.files.where(f"{checkpoint}/{MANIFEST}")
     try:
-        entries = files_of(folder, checkpoint)
+        entries = [WrittenFile(**entry) for entry in folder.record(f"{checkpoint}/{MANIFEST}", Manifest)["files"]]
     except FileNotFoundError:
-        return f"{folder.files.where(f'{checkpoint}/{MANIFEST}')} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{folder.files.where(f'{checkpoint}/{MANIFEST}')} cannot be read: {error}"
-    if not any(entry.name == COURSE for entry in entries):
-        return f"{folder.files.where(f'{checkpoint}/{MANIFEST}')} does not list {COURSE}"
+        raise CheckpointDamaged(f"{where} is missing") from None
+    except FileDamaged as error:
+        raise CheckpointDamaged(str(error)) from None
+    except OSError as error:
+        raise CheckpointDamaged(f"{where} cannot be read: {said(error)}") from error
+    listed: dict[str, WrittenFile] = {}
     for entry in entries:
-        name = f"{checkpoint}/{entry.name}"
-        where = folder.files.where(name)
-        try:
-            found = folder.files.entry(name)
-            if found is None:
-                return f"{where} is missing"
-            if found.size != entry.size:
-                return f"{where} has {found.size} bytes, not {entry.size}"
-            if contents or entry.name == COURSE:
-                with folder.files.open(name) as stream:
-                    if _digest(stream) != entry.sha256:
-                        return _differs(where)
-        except OSError as error:
-            return f"{where} cannot be read: {said(error)}"
+        if entry.name in listed:
+            raise CheckpointDamaged(f"{where} is damaged: it lists {entry.name} twice")
+        listed[entry.name] = entry
+    names = [COURSE, *map(subproblem_file, range(max(1, len(entries) - 1)))]
+    if lacking := [name for name in names if name not in listed]:
+        raise CheckpointDamaged(f"{where} is damaged: it does not list {lacking[0]}")
+    for name in names:
+        _compare(folder, f"{checkpoint}/{name}", listed[name], contents=contents and name != COURSE)
+    record = _record(folder, checkpoint, listed[COURSE])
+    if (n := len(record["course"]["reseeds"])) != len(names) - 1:
+        raise CheckpointDamaged(f"{where} is damaged: it lists {len(names) - 1} subproblems, and the run has {n}")
+    return [listed[name] for name in names[1:]], record
+
+
+def damage(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> str | None:
+    """Why a checkpoint is not `whole`; None if it is."""
+    try:
+        whole(folder, checkpoint, contents=contents)
+    except CheckpointDamaged as error:
+        return str(error)
     return None
 
 
 def files_of(folder: RunFolder, checkpoint: str) -> list[WrittenFile]:
-    """The files that the manifest of a checkpoint lists."""
-    manifest = json.loads(folder.read(f"{checkpoint}/{MANIFEST}"))
-    return [WrittenFile(**entry) for entry in manifest["files"]]
+    """The subproblems' files of a checkpoint whose manifest and record are `whole`, in their order.
+
+    Raises:
+        CheckpointDamaged: they are not.
+    """
+    return whole(folder, checkpoint, contents=False)[0]
 
 
 def last_whole(
     folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True
 ) -> tuple[str, dict[str, Any]] | None:
-    """The latest undamaged checkpoint and its course; None if there is none.
+    """The latest undamaged checkpoint and its record; None if there is none.
 
     Args:
         folder: of the run.
-        complain: is told what is damaged.
-        contents: as in `damage`.
+        complain: is told of each that is passed over.
+        contents: as in `whole`.
     """
+    found, passed_over = _last(folder, contents)
+    for what in passed_over.values():
+        complain(what)
+    return found
+
+
+def _last(folder: RunFolder, contents: bool) -> tuple[tuple[str, dict[str, Any]] | None, dict[str, str]]:
+    """The latest whole checkpoint, and what is wrong with those that are passed over for it."""
+    passed_over: dict[str, str] = {}
     for checkpoint in checkpoints(folder):
-        if damaged := damage(folder, checkpoint, contents=contents):
-            complain(damaged)
-            continue
-        where = folder.files.where(f"{checkpoint}/{COURSE}")
         try:
-            course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
-            version = course["version"]
-        except (OSError, ValueError, KeyError, TypeError):
-            complain(f"{where} is not a course of PopMTL")
-            continue
-        if version != VERSION:
-            complain(
-                f"{where} is of version {version}, and this PopMTL reads version {VERSION}: it keeps other things of "
-                "optimizers and data; finish the run by the PopMTL that began it, or train anew"
-            )
-            continue
-        return checkpoint, course
-    return None
+            return (checkpoint, whole(folder, checkpoint, contents=contents)[1]), passed_over
+        except CheckpointDamaged as error:  # noqa: PERF203  # seldom
+            passed_over[checkpoint] = str(error)
+    return None, passed_over
 
 
 def last_of_run(
@@ -175,20 +200,30 @@ def last_of_run(
 ) -> tuple[str, dict[str, Any]] | None:
     """As `last_whole`, but None only for a run that never had a checkpoint, and may begin again.
 
+    What is passed over for another is set aside.
+
     Raises:
-        RequestError: it had some, and none is whole; what is wrong with each, naming the file.
+        RequestError: it had some, and none is whole; what is wrong with each, naming the file. Or the storage fails.
     """
-    complaints: list[str] = []
-
-    def hear(what: str) -> None:
-        complaints.append(what)
-        complain(what)
-
-    if found := last_whole(folder, hear, contents=contents):
-        return found
-    committed = {event.get("checkpoint", "") for event in folder.events() if event["kind"] == "checkpoint"}
-    lacking = (committed & set(_begun(folder))) - set(checkpoints(folder))
-    complaints += [f"{folder.files.where(f'{name}/{MANIFEST}')} is missing" for name in sorted(lacking)]
+    try:
+        found, passed_over = _last(folder, contents)
+        for what in passed_over.values():
+            complain(what)
+        if found:
+            for checkpoint, what in passed_over.items():
+                set_aside(folder, checkpoint, what)
+            return found
+        begun = _begun(folder)
+    except OSError as error:
+        raise RequestError(f"{folder.files.where('checkpoints')} cannot be read or written: {said(error)}") from error
+    complaints = list(passed_over.values())
+    events = folder.events(passing_over)  # whoever resumes the run says so
+    committed = {event["checkpoint"] for event in events if event["kind"] == "checkpoint"}
+    for name, files in sorted(begun.items()):
+        if DAMAGED in files:
+            complaints.append(f"{folder.files.where(f'{name}/{DAMAGED}')} says why it was passed over")
+        elif MANIFEST not in files and name in committed:
+            complaints.append(f"{folder.files.where(f'{name}/{MANIFEST}')} is missing")
     if committed and not complaints:
         complaints = [f"{folder.files.where('checkpoints')} holds none of those that were written"]
     if complaints:
@@ -196,15 +231,13 @@ def last_of_run(
     return None
 
 
-def set_aside(folder: RunFolder, checkpoint: str) -> None:
-    """Lets a damaged checkpoint count no more; its files stay.
+def set_aside(folder: RunFolder, checkpoint: str, why: str) -> None:
+    """Lets a damaged checkpoint count no more; its files stay, whatever they are.
 
     Raises:
-        OSError: its manifest cannot be renamed.
+        OSError: it cannot be said in its folder.
     """
-    manifest = f"{checkpoint}/{MANIFEST}"
-    folder.write(f"{manifest}.damaged", folder.read(manifest))
-    folder.files.remove(manifest)
+    folder.write(f"{checkpoint}/{DAMAGED}", f"{why}\n".encode(errors="replace"))
 
 
 def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:
@@ -220,10 +253,10 @@ def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:
     found = checkpoints(folder)
     kept = found[:count]
     # A run that goes on from one of them needs the best one that was before it.
-    for step in {course_of(folder, checkpoint).get("best") for checkpoint in kept}:
-        kept += checkpoints_at(folder, step) if isinstance(step, int) else []
+    for step in {(record_of(folder, checkpoint) or {}).get("best") for checkpoint in kept}:
+        kept += checkpoints_at(folder, step) if step is not None else []
     if best and found:
-        volumes = {checkpoint: hypervolume_of(folder, checkpoint) for checkpoint in found}
+        volumes = {checkpoint: hypervolume_of(record_of(folder, checkpoint)) for checkpoint in found}
         kept.append(max(found, key=lambda checkpoint: volume.value if (volume := volumes[checkpoint]) else -math.inf))
     for checkpoint in _begun(folder):
         if kept and checkpoint not in kept and checkpoint < kept[0]:
@@ -236,22 +269,17 @@ def checkpoints_at(folder: RunFolder, step: int) -> list[str]:
     return [found for found in checkpoints(folder) if found == name or found.startswith(f"{name}-")]
 
 
-def hypervolume_of(folder: RunFolder, checkpoint: str) -> Hypervolume | None:
-    """The hypervolume of the last evaluation before a checkpoint; None where its course cannot be read."""
-    course = course_of(folder, checkpoint)
-    try:
-        return Hypervolume(float(course["hypervolume"]), course.get("hypervolume_error"))
-    except (ValueError, KeyError, TypeError):
-        return None
+def hypervolume_of(record: Mapping[str, Any] | None) -> Hypervolume | None:
+    """The hypervolume of the last evaluation before a checkpoint; None of one whose record cannot be read."""
+    last = record and record["course"]["last"]
+    return Hypervolume(last["hypervolume"], last["hypervolume_error"]) if last else None
 
 
-def course_of(folder: RunFolder, checkpoint: str) -> dict[str, Any]:
-    """The course of a checkpoint; empty where it cannot be read."""
-    try:
-        course = json.loads(folder.read(f"{checkpoint}/{COURSE}"))
-    except (OSError, ValueError):
-        return {}
-    return course if isinstance(course, dict) else {}
+def record_of(folder: RunFolder, checkpoint: str) -> dict[str, Any] | None:
+    """The record of a checkpoint, of which the rest may be damaged; None where it cannot be read."""
+    with suppress(OSError, CheckpointDamaged):
+        return _record(folder, checkpoint)
+    return None
 
 
 def discard(folder: RunFolder, checkpoint: str) -> None:
@@ -260,8 +288,61 @@ def discard(folder: RunFolder, checkpoint: str) -> None:
     folder.files.remove_folder(checkpoint)
 
 
-def _begun(folder: RunFolder) -> list[str]:
-    return [f"checkpoints/{name}" for name in folder.files.children("checkpoints") if name.startswith("step-")]
+def _begun(folder: RunFolder) -> dict[str, list[str]]:
+    """The folders of checkpoints, and what is in each."""
+    names = [f"checkpoints/{name}" for name in folder.files.children("checkpoints") if name.startswith("step-")]
+    return {name: folder.files.children(name) for name in names}
+
+
+def _counts(files: Sequence[str]) -> bool:
+    return MANIFEST in files and DAMAGED not in files
+
+
+def _compare(folder: RunFolder, name: str, entry: WrittenFile, *, contents: bool) -> None:
+    """Compares a file with its entry in the manifest.
+
+    Raises:
+        CheckpointDamaged: it differs, or is not there.
+    """
+    where = folder.files.where(name)
+    try:
+        found = folder.files.entry(name)
+        if found is None:
+            raise CheckpointDamaged(f"{where} is missing")
+        if found.size != entry.size:
+            raise CheckpointDamaged(f"{where} has {found.size} bytes, not {entry.size}")
+        if contents:
+            with folder.files.open(name) as stream:
+                if _digest(stream) != entry.sha256:
+                    raise CheckpointDamaged(_differs(where))
+    except OSError as error:
+        raise CheckpointDamaged(f"{where} cannot be read: {said(error)}") from error
+
+
+def _record(folder: RunFolder, checkpoint: str, entry: WrittenFile | None = None) -> dict[str, Any]:
+    """The record of a checkpoint, compared with its entry.
+
+    Raises:
+        CheckpointDamaged: it is none.
+    """
+    name = f"{checkpoint}/{COURSE}"
+    where = folder.files.where(name)
+    try:
+        content = folder.bounded(name)
+        if entry and hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise CheckpointDamaged(_differs(where))
+        version = parse(Versioned, content, f"{where} is damaged")["version"]
+        if version != VERSION:
+            raise CheckpointDamaged(
+                f"{where} is of version {version}, and this PopMTL reads version {VERSION}: it keeps other things of a "
+                "run; finish the run by the PopMTL that began it, or train anew"
+            )
+        record: dict[str, Any] = parse(Record, content, f"{where} is damaged")
+    except FileDamaged as error:
+        raise CheckpointDamaged(str(error)) from None
+    except OSError as error:
+        raise CheckpointDamaged(f"{where} cannot be read: {said(error)}") from error
+    return record
 
 
 def _write(folder: RunFolder, name: str, content: bytes) -> WrittenFile:

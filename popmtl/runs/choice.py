@@ -56,11 +56,7 @@ def finished_front(folder: RunFolder, place: str = LAST) -> Front:
         raise RequestError(f"{folder.location} has no front yet: {'it is running' if state == 'running' else way}")
     if not folder.files.entry(f"{place}/front.json"):
         raise RequestError(f"{folder.location} {NO_BEST}")
-    try:
-        return folder.front(place)
-    except (KeyError, TypeError, ValueError) as error:
-        where = folder.files.where(f"{place}/front.json")
-        raise RequestError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+    return folder.front(place)
 
 
 def objective_values(front: Front, split: Split | None = None) -> NDArray[np.float64]:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from popmtl.errors import RequestError
+from popmtl.errors import FileDamaged, RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
 from popmtl.runs.names import check_run_name
+from popmtl.runs.reading import Reading, few
+from popmtl.runs.records import AnyEvent, Evaluation
 from popmtl.runs.storage import Entry, LocalStorage, Storage, joined, open_storage, said, split
 from popmtl.runs.trust import sign, without_credentials
 from popmtl.yaml_files import read_yaml, to_yaml
@@ -44,8 +45,13 @@ BEGUN = re.compile(
 )
 """What may be in a run's folder before its config.yaml is."""
 
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
-class RunFolder:
+CONFIG_BYTES = 2**20
+"""The most that config.yaml is read of: YAML takes ten seconds for as much."""
+
+
+class RunFolder(Reading):
     """A run's folder on a local path or behind a URL.
 
     Lines that are appended are in the file at once on a local path, and some seconds later behind a URL; `flush` has
@@ -155,15 +161,30 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl; what is not finite becomes null."""
-        self.append("metrics.jsonl", record)
+        self.append(METRICS, record)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops the records of metrics.jsonl that a run which goes on from this step will write again."""
+    def forget_metrics_after(self, step: int, complain: Callable[[str], None]) -> None:
+        """Drops the records of metrics.jsonl that a run which goes on from this step will write again.
+
+        Args:
+            step: that it goes on from.
+            complain: is told of damaged lines, which go too; metrics.jsonl.damaged is what the file was, then.
+        """
         with self._writing:
-            kept = [record for record in self.metrics() if record["step"] <= step and record["stage"] == "mtgd"]
+            judged = list(self.judged(METRICS, Evaluation))
+            damaged = [str(record) for _, record in judged if isinstance(record, FileDamaged)]
+            for what in few(damaged):
+                complain(what)
+            if damaged:
+                self.write(f"{METRICS}.damaged", b"".join(line for line, _ in judged))
+            kept = [
+                line
+                for line, record in judged
+                if not isinstance(record, FileDamaged) and record["step"] <= step and record["stage"] == "mtgd"
+            ]
             with self._gathering:
-                self._waiting.pop("metrics.jsonl", None)
-            self.write("metrics.jsonl", "".join(to_json(record) + "\n" for record in kept).encode())
+                self._waiting.pop(METRICS, None)
+            self.write(METRICS, b"".join(kept))
 
     @contextmanager
     def held(self, lock: str = LOCK, wait: float = 0.0) -> Iterator[None]:
@@ -233,7 +254,7 @@ class RunFolder:
     def append_event(self, kind: str, **details: Any) -> None:
         """Adds one line to events.jsonl: the time (ISO 8601, UTC), the kind, and the details; an end flushes."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        self.append("events.jsonl", {"time": now, "kind": kind, **details})
+        self.append(EVENTS, {"time": now, "kind": kind, **details})
         if kind in ENDS:
             with suppress(OSError):  # they are kept, and it has been said
                 self.flush()
@@ -246,40 +267,43 @@ class RunFolder:
         """
         where = self.files.where("config.yaml")
         try:
-            content = read_yaml(self.read("config.yaml"))
+            settings = read_yaml(self.bounded("config.yaml", CONFIG_BYTES))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
             raise self._refusal("read", error) from error
+        except FileDamaged:
+            raise
         except ValueError as error:
             raise RequestError(f"{where} {error}") from error
-        if not isinstance(content, dict):
+        if not isinstance(settings, dict):
             raise RequestError(f"{where} holds no settings")
-        return content
+        return settings
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl in the order of writing; none where there is no file."""
-        return self.lines("metrics.jsonl")
+    def metrics(self, complain: Callable[[str], None] = logger.warning) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl; damaged lines are passed over, and told of; see `lines`."""
+        return self.lines(METRICS, Evaluation, complain)
 
-    def events(self) -> list[dict[str, Any]]:
-        """The records of events.jsonl in the order of writing; none where there is no file."""
-        return self.lines("events.jsonl")
+    def events(self, complain: Callable[[str], None] = logger.warning) -> list[dict[str, Any]]:
+        """The records of events.jsonl; damaged lines are passed over, and told of; see `lines`."""
+        return self.lines(EVENTS, AnyEvent, complain)
 
     def front(self, place: str = LAST) -> Front:
         """The Pareto set that the run ended with, or the one in another place.
 
         Raises:
-            RequestError: the run has none (it has not ended, or it failed).
+            RequestError: the run has none (it has not ended, or it failed), or its file is damaged.
         """
+        name = f"{place}/front.json"
+        where = self.files.where(name)
         try:
-            return Front.from_json(self.read(f"{place}/front.json").decode())
+            return Front.from_json(self.bounded(name), where)
         except FileNotFoundError as error:
-            where = self.files.where(f"{place}/front.json")
             raise RequestError(f"{self.location} has no front yet: {where} is missing") from error
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds a record to a file of JSON lines; what is not finite becomes null."""
-        line = (to_json(record) + "\n").encode()
+        line = (to_json(record) + "\n").encode(errors="replace")  # a text may hold a name that is not UTF-8
         with self._gathering:
             self._waiting[name] = self._waiting.get(name, b"") + line
         if self.files.delay:
@@ -310,29 +334,9 @@ class RunFolder:
                     if not self._waiting[name]:
                         del self._waiting[name]
 
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The records of a file of JSON lines in the order of writing; none where there is no file."""
-        with self._writing:
-            try:
-                content = self.read(name)
-            except FileNotFoundError:
-                content = b""
-            with self._gathering:
-                # Without a newline at its end the last line is one that a crash cut short.
-                content = content[: content.rfind(b"\n") + 1] + self._waiting.get(name, b"")
-        return [json.loads(line) for line in content.split(b"\n")[:-1]]
-
     def write(self, name: str, content: bytes) -> None:
         """Writes a file of the folder: a reader finds the old content or the new, whole."""
         self.files.write(name, content)
-
-    def read(self, name: str) -> bytes:
-        """The content of a file of the folder.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
-        return self.files.read(name)
 
     def fetched(self, name: str) -> AbstractContextManager[Path]:
         """A file of the folder as one on this machine's disk."""
@@ -383,7 +387,15 @@ def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:
         OSError: it cannot be read.
     """
     files = open_storage(storage)
-    found = {name: _config_entry(files, name) for name in files.children("")}
+    found: dict[str, Entry | None] = {}
+    failed: OSError | None = None
+    for name in files.children(""):
+        try:
+            found[name] = _config_entry(files, name)
+        except OSError as error:  # noqa: PERF203  # one that nobody may look into keeps none of the others away
+            failed = error
+    if failed and not any(found.values()):
+        raise failed
     if not found and not (files.path and files.path.is_dir()):
         raise RequestError(f"storage {files.location}: no such folder")
     times = {name: entry.time for name, entry in found.items() if entry}
@@ -400,28 +412,46 @@ def _config_entry(storage: Storage, name: str) -> Entry | None:
         return None
 
 
-def states(folders: Sequence[RunFolder]) -> list[str]:
+def states(folders: Sequence[RunFolder], complain: Callable[[str], None] = logger.debug) -> list[str]:
     """How runs stand: running, finished, incomplete, failed or interrupted; or lost, if one ended without a word.
 
     Finished are those of which everything is there, in their folder and in MLflow; incomplete those that have their
     front, and lack something that comes after it: `popmtl train --resume` brings it.
 
+    Damaged is a run whose files do not tell: one of many must not keep the others from being listed.
+
     Behind URLs it takes a while to see whether a process still works on a run: once, however many runs there are.
+
+    Args:
+        folders: of the runs.
+        complain: is told what is damaged, naming the file.
     """
     remote = [i for i, folder in enumerate(folders) if folder.files.path is None]
     running = dict(zip(remote, leased([folders[i].files for i in remote]), strict=True))
-    return [
-        "running" if (running[i] if i in running else _is_flocked(folder)) else last_word(folder)
-        for i, folder in enumerate(folders)
-    ]
+
+    def state(i: int, folder: RunFolder) -> str:
+        try:
+            return "running" if (running[i] if i in running else _is_flocked(folder)) else last_word(folder)
+        except RequestError as error:
+            complain(str(error))
+        except OSError as error:
+            complain(f"{folder.location} cannot be read: {said(error)}")
+        return "damaged"
+
+    return [state(i, folder) for i, folder in enumerate(folders)]
 
 
 def last_word(folder: RunFolder) -> str:
-    """How a run stands that no process works on; see `states`."""
-    last = [event["kind"] for event in folder.events() if event["kind"] in (*ENDS, "started", "resumed")][-1:]
-    if last != ["finished"] and folder.has_front():
+    """How a run stands that no process works on; see `states`.
+
+    Raises:
+        FileDamaged: the end of events.jsonl is.
+    """
+    last = folder.last(EVENTS, AnyEvent, lambda event: event["kind"] in (*ENDS, "started", "resumed"))
+    word = last["kind"] if last else "lost"
+    if word != "finished" and folder.has_front():
         return "incomplete"
-    return last[0] if last and last[0] in ENDS else "lost"
+    return word if word in ENDS else "lost"
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from popmtl.method.front import Hypervolume
 from popmtl.runs.files import to_json
+from popmtl.runs.records import FrontJson, parse
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from popmtl.method.problem import Direction
@@ -123,24 +123,27 @@ class Front:
         return to_json(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Front:
+    def from_json(cls, text: str | bytes, where: str = "front.json") -> Front:
         """The front that `to_json` wrote; null becomes NaN.
 
+        Args:
+            text: the content of front.json.
+            where: the file, for the message.
+
         Raises:
-            ValueError: the text is no JSON.
-            KeyError: a part is missing.
+            FileDamaged: it is something else.
         """
-        content = json.loads(text)
+        content = parse(FrontJson, text.encode() if isinstance(text, str) else text, f"{where} is damaged")
         return cls(
             objectives=content["objectives"],
-            reference_point=_floats(content["reference_point"]),
+            reference_point=content["reference_point"],
             hypervolume=_float(content["hypervolume"]),
             seed=content["seed"],
             steps=content["steps"],
             members=[
                 Member(
                     subproblem=member["subproblem"],
-                    weights=_floats(member["weights"]),
+                    weights=member["weights"],
                     **vars(_figures(member)),
                     stage=member["stage"],
                     non_dominated=member["non_dominated"],
@@ -159,12 +162,9 @@ class Front:
 
 
 def _figures(content: Mapping[str, Any]) -> Figures:
-    return Figures(_floats(content["objectives"]), {name: _float(value) for name, value in content["metrics"].items()})
+    objectives = [_float(value) for value in content["objectives"]]
+    return Figures(objectives, {name: _float(value) for name, value in content["metrics"].items()})
 
 
 def _float(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _floats(values: Sequence[float | None]) -> list[float]:
-    return [_float(value) for value in values]
+    return math.nan if value is None else value

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from uuid import uuid4
 
-from popmtl.errors import RunError
+from popmtl.errors import FileDamaged, RunError
+from popmtl.runs.records import Lease, parse
 from popmtl.runs.storage import Storage
 
 NAME = ".lock"
@@ -56,7 +57,7 @@ def lease(files: Storage) -> Iterator[None]:
     def keep() -> None:
         count = 0
         while not end.wait(RENEW_SECONDS):
-            with suppress(OSError, ValueError):  # it tries again
+            with suppress(OSError):  # it tries again
                 if _owner(_content(files)) not in (me, None):
                     lost.set()
                     if interruptible and main.ident:
@@ -110,4 +111,8 @@ def _content(files: Storage) -> bytes | None:
 
 
 def _owner(content: bytes | None) -> str | None:
-    return str(json.loads(content)["owner"]) if content else None
+    """Who has the lease; None where nobody has, or what is there does not tell."""
+    try:
+        return str(parse(Lease, content, NAME)["owner"]) if content else None
+    except FileDamaged:
+        return None

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from popmtl.errors import RequestError, RunError
 from popmtl.runs.checkpoint import subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
 from popmtl.runs.picture import draw_front
+from popmtl.runs.records import Volume
 from popmtl.runs.storage import said
 from popmtl.runs.trust import admit
 from popmtl.text import printable
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 FORMULA = re.compile(r"(^|[;,|])(?=[\s\"']*[=+\-@＝＋－＠])")
 """Where an apostrophe has to stand in text (https://owasp.org/www-community/attacks/CSV_Injection)."""
+
+logger = logging.getLogger(__name__)
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -56,7 +59,8 @@ def write_front(folder: RunFolder, front: Front) -> None:
 
 def hypervolumes(folder: RunFolder) -> list[tuple[int, float, float | None]]:
     """For each evaluation of a run, its step, the hypervolume on the validation split, and the error of an estimate."""
-    return [(line["step"], line["hypervolume"], line.get("hypervolume_error")) for line in folder.metrics()]
+    lines = folder.lines(METRICS, Volume, logger.warning)  # the picture lacks what is damaged, and the run ends
+    return [(line["step"], line["hypervolume"], line.get("hypervolume_error")) for line in lines]
 
 
 def write_result(folder: RunFolder, name: str, content: bytes) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from popmtl.runs.choice import finished_front
 from popmtl.runs.folder import ENDS, RunFolder
 from popmtl.runs.front import Front
+from popmtl.runs.reading import passing_over
 from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Models
 from popmtl.tracking.outbox import JOURNAL
@@ -54,7 +55,7 @@ def conclude(folder: RunFolder, front: Front, sink: MlflowSink | None, models: M
         complaints = sink.close("FINISHED")
         ended = Ended(sink.is_complete, sink.location, complaints)
     word = "finished" if ended.complete else "incomplete"
-    words = [event["kind"] for event in folder.events() if event["kind"] in (*ENDS, "started", "resumed")]
+    words = [event["kind"] for event in folder.events(passing_over) if event["kind"] in (*ENDS, "started", "resumed")]
     if words[-1:] != [word]:
         figures = {"hypervolume": front.hypervolume, "hypervolume_error": front.hypervolume_error}
         folder.append_event(word, **figures, tracking=ended.complaints)

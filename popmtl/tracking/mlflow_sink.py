@@ -48,7 +48,7 @@ from popmtl.runs.trust import (
     without_credentials,
 )
 from popmtl.tracking.links import Location
-from popmtl.tracking.outbox import JOURNAL, Entry, Outbox
+from popmtl.tracking.outbox import Entry, Outbox, read_journal
 from popmtl.tracking.target import Target, artifacts_of
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class MlflowSink:
         self._events = [entry["what"] for entry in journal if entry["kind"] == "event"]
         self._messages: dict[str, None] = {}
         self.closed: Status | None = journal[-1]["status"] if journal and journal[-1]["kind"] == "closing" else None
+        for what in self._outbox.lost:
+            self._remember("journal", what)
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._away, self._unkept, self._unsaved = False, False, True
         self._progress = self._saved = time.monotonic()
@@ -141,7 +143,7 @@ class MlflowSink:
             steps: training steps of the whole run, which the density of the curves is chosen by.
             config_name: what the experiment is named by where nothing else names it; None takes the run's name.
         """
-        journal = folder.lines(JOURNAL)
+        journal = read_journal(folder)
         before = [entry for entry in journal if entry["kind"] == "opening"]
         last = before[-1] if before else {}
         known: dict[str, str] = {}
@@ -190,7 +192,7 @@ class MlflowSink:
         Raises:
             RequestError: the run was never tracked, or the folder is a stranger's, and names what the user did not.
         """
-        journal, opening, config = folder.lines(JOURNAL), _last_opening(folder), folder.config()
+        journal, opening, config = read_journal(folder), _last_opening(folder), folder.config()
         check_tracking(folder, opening, trust)
         sink = cls(folder, journal, opening, 0)
         models = (config.get("tracking") or {}).get("models", "front") != "none"
@@ -462,7 +464,7 @@ def check_opening(folder: RunFolder, named: str | None, trust: bool) -> None:
     Raises:
         RequestError: it is a stranger's word.
     """
-    openings = [entry for entry in folder.lines(JOURNAL) if entry["kind"] == "opening"]
+    openings = [entry for entry in read_journal(folder) if entry["kind"] == "opening"]
     if openings:
         uri = named or os.environ.get(URI) or openings[-1]["uri"]
         parent = os.environ.get(PARENT) or openings[-1]["parent"]
@@ -470,7 +472,7 @@ def check_opening(folder: RunFolder, named: str | None, trust: bool) -> None:
 
 
 def _last_opening(folder: RunFolder) -> Entry:
-    openings = [entry for entry in folder.lines(JOURNAL) if entry["kind"] == "opening"]
+    openings = [entry for entry in read_journal(folder) if entry["kind"] == "opening"]
     if not openings:
         raise RequestError(f"{folder.location}: this run has nothing for MLflow; its tracking was not enabled")
     return openings[-1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import threading
 import time
 from collections import deque
@@ -17,10 +18,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from popmtl.errors import FileDamaged, RequestError
 from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
+from popmtl.runs.reading import few
+from popmtl.runs.records import AnyEntry, Cursor
+
+logger = logging.getLogger(__name__)
 
 JOURNAL, CURSOR = "tracking/outbox.jsonl", "tracking/sent.json"
+
+DAMAGED = "damaged line"
+"""Kind of the entry that stands for a line of the journal which cannot be read."""
 
 Entry = dict[str, Any]
 
@@ -55,6 +64,7 @@ class Outbox:
 
     Attributes:
         sent: what is in MLflow; the taking thread's own.
+        lost: what is wrong with each line of the journal that would be sent now, and is damaged.
     """
 
     def __init__(self, folder: RunFolder, journal: Sequence[Entry], place: Sequence[str | None]) -> None:
@@ -62,7 +72,7 @@ class Outbox:
 
         Args:
             folder: the run's.
-            journal: its content, as `folder.lines(JOURNAL)` gives it.
+            journal: its content, from `read_journal`.
             place: see `Sent`.
         """
         self._folder = folder
@@ -70,7 +80,9 @@ class Outbox:
         # The disk may have lost the last lines in a crash, and kept the cursor.
         self.sent.count = min(self.sent.count, len(journal))
         refused = set(self.sent.refused)
-        self._waiting = deque((n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in refused)
+        left = [(n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in refused]
+        self.lost = few([entry["what"] for _, entry in left if entry["kind"] == DAMAGED])
+        self._waiting = deque((n, entry) for n, entry in left if entry["kind"] != DAMAGED)
         self._total = len(journal)
         self._keys = {entry["key"] for entry in journal if "key" in entry}
         self._changed = threading.Condition()
@@ -132,9 +144,31 @@ class Outbox:
             self._changed.notify()
 
 
+def read_journal(folder: RunFolder) -> list[Entry]:
+    """The entries of a run's journal; none where there is no journal.
+
+    Entries are known by their number, so one of kind DAMAGED stands where a line cannot be read, and says `what` is
+    wrong.
+
+    Raises:
+        RequestError: of the lines that say where to send the others, none can be read.
+    """
+    lines = folder.judged_lines(JOURNAL, AnyEntry)
+    journal = [{"kind": DAMAGED, "what": str(line)} if isinstance(line, FileDamaged) else line for line in lines]
+    kinds = {entry["kind"] for entry in journal}
+    if DAMAGED in kinds and "opening" not in kinds:
+        first = next(entry["what"] for entry in journal if entry["kind"] == DAMAGED)
+        raise RequestError(f"{first}; without it nobody knows the run in MLflow: move the file away to begin a new one")
+    return journal
+
+
 def _read_cursor(folder: RunFolder, place: Sequence[str | None]) -> Sent:
+    """What was sent to a place; nothing where that cannot be read: MLflow then gets what it knows again."""
     try:
-        sent = Sent(**json.loads(folder.read(CURSOR)))
+        sent = Sent(**folder.record(CURSOR, Cursor))
     except FileNotFoundError:
+        return Sent(list(place))
+    except FileDamaged as error:
+        logger.warning("%s; everything is sent again, which changes nothing in MLflow", error)
         return Sent(list(place))
     return sent if list(sent.place) == list(place) else Sent(list(place))

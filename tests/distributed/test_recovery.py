@@ -212,6 +212,27 @@ def test_an_interrupted_run_goes_on_in_the_last_stage(run, resume, undisturbed, 
 
 
 @pytest.mark.slow
+def test_damaged_lines_and_a_damaged_manifest_are_passed_over_once_and_the_run_ends_the_same(
+    run, resume, undisturbed, tmp_path
+):
+    path = tmp_path / "runs" / "run-1"
+    with pytest.raises(KeyboardInterrupt):
+        run(data(problem=UNHURRIED), interrupt(path, "fine-tuning", STEPS + EVERY))
+    for name in ("metrics.jsonl", "events.jsonl"):
+        first, *rest = (path / name).read_bytes().splitlines(keepends=True)
+        (path / name).write_bytes(b"".join([first, b'{"step": \xff}\n', *rest]))
+    last = path / latest(path) / MANIFEST
+    last.write_text(last.read_text().replace("subproblem-00002", "subproblem-00003"))
+    _, folder, _ = resume("run-1", data(problem=UNHURRIED))
+    assert_equal(folder, undisturbed(data()))
+    said = [event for event in folder.events() if event["kind"] in ("damaged checkpoint", "damaged line")]
+    assert [event["kind"] for event in said] == ["damaged checkpoint", "damaged line"]
+    assert f"{last} is damaged: it lists subproblem-00003.safetensors twice" in said[0]["what"]
+    assert f"{path}/metrics.jsonl, line 2: it is not JSON" in said[1]["what"]
+    assert [event["generation"] for event in folder.events() if event["kind"] == "ready"] == [0, 2]
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_actors(run, resume, undisturbed, tmp_path):
     exact = data("collective", train={"dtype": "float64"})
     with pytest.raises(KeyboardInterrupt):

@@ -14,10 +14,19 @@ from popmtl.config import Config
 from popmtl.distributed.plan import make_plan, train_in_process
 from popmtl.distributed.resumption import find_checkpoint
 from popmtl.distributed.subproblem import Resumption, SubproblemActor
-from popmtl.errors import RequestError
+from popmtl.errors import RequestError, RunError
 from popmtl.method.course import Course
 from popmtl.method.population import objective_matrix
-from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, files_of, subproblem_file, write_tensors
+from popmtl.runs.checkpoint import (
+    checkpoint_name,
+    checkpoints,
+    commit,
+    files_of,
+    read_tensors,
+    subproblem_file,
+    whole,
+    write_tensors,
+)
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import load_model
 
@@ -50,11 +59,12 @@ def train(plan, folder, found=None, *, until=None):
         name = checkpoint_name(step)
         actor.checkpoint(name)
         record = {"step": step, "fine_tuned": fine_tuned, "executions": ["loop"], "course": course.state()}
-        commit(folder, name, actor.files_written(), record | {"identity": plan.identity})
+        record |= {"untrained": {}, "best": None, "identity": plan.identity}
+        commit(folder, name, actor.files_written(), record)
         folder.append_event("checkpoint", step=step, checkpoint=name)
         return step == until
 
-    if not course.history:
+    if not course.last:
         course.observe(objective_matrix(actor.evaluate("validation")[0]))
     while chunk := course.next_chunk(10):
         actor.run_steps(chunk)
@@ -229,25 +239,74 @@ def test_an_older_format_or_a_foreign_file_is_named(plan, ended, content):
     _, folder = ended(20)
     for name in checkpoints(folder):
         path = folder.path / name
-        files = [write_tensors(folder, f"{name}/{subproblem_file(0)}", {"row": torch.zeros(1)}, {})]
-        commit(folder, name, files, {})
+        commit(folder, name, files_of(folder, name), {})
         written = json.dumps(content).encode()
         (path / "course.json").write_bytes(written)
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["files"][-1] |= {"size": len(written), "sha256": hashlib.sha256(written).hexdigest()}
         (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RequestError, match=r"course.json is (not a course of PopMTL|of version 1)"):
+    with pytest.raises(RequestError, match=r"course.json is (damaged|of version 1)"):
         find_checkpoint(folder, plan, lambda what: None)
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_its_tensor(plan, ended):
-    _, folder = ended(20)
+def forge(folder, name, subproblem, change):
+    """Has a checkpoint hold another file of a subproblem, by a manifest that is right for it."""
+    files, record = whole(folder, name)
+    record.pop("version")
+    tensors, numbers = read_tensors(folder, name, files[subproblem])
+    tensors, numbers = change(dict(tensors), numbers)
+    files[subproblem] = write_tensors(folder, f"{name}/{subproblem_file(subproblem)}", tensors, numbers)
+    commit(folder, name, files, record)
+
+
+FORGERIES = {
+    r"row, of \[3\] torch.float32, is not": lambda t, n: (t | {"row": torch.zeros(3)}, n),
+    r"row, of .* torch.float64, is not": lambda t, n: (t | {"row": t["row"].double()}, n),
+    r"sneaked/in, of .* is not": lambda t, n: (t | {"sneaked/in": torch.zeros(1)}, n),
+    r"there is no row": lambda t, n: ({k: v for k, v in t.items() if k != "row"}, n),
+    r"KeyError: 'optimizer": lambda t, n: ({k: v for k, v in t.items() if not k.startswith("optimizer")}, n),
+    r"out: input should be a valid boolean, not 1": lambda t, n: (t, n | {"out": 1}),
+    r"stream: field required": lambda t, n: (t, {k: v for k, v in n.items() if k != "stream"}),
+    r"optimizer: input should be a valid dict": lambda t, n: (t, n | {"optimizer": []}),
+    r"buffers/none is not that of this model": lambda t, n: (t, n | {"buffers": ["buffers/none"]}),
+}
+
+
+@pytest.mark.parametrize("why", FORGERIES)
+@pytest.mark.parametrize("step", [20, STEPS + 5])
+def test_a_checkpoint_of_another_model_is_refused_and_its_file_named(plan, ended, step, why):
+    _, folder = ended(step)
     found = find_checkpoint(folder, plan, pytest.fail)
-    name, record = found
-    other = write_tensors(folder, f"{name}/{subproblem_file(2)}", {"row": torch.zeros(3)}, {"optimizer": {}})
-    commit(folder, name, [file if file.name != other.name else other for file in files_of(folder, name)[:-1]], record)
-    with pytest.raises(ValueError, match=r"subproblem 2: .* is not that of this model"):
+    forge(folder, found[0], 2, FORGERIES[why])
+    assert find_checkpoint(folder, plan, pytest.fail) == found, "its manifest is right"
+    with pytest.raises(RunError, match=r"step-000000\d\d.*: these rows cannot go on from it: .*" + why) as refusal:
         train(plan, folder, found)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_was_passed_over_is_not_judged_again(plan, ended):
+    _, folder = ended(20)
+    last, before = checkpoints(folder)[:2]
+    original = (folder.path / last / "manifest.json").read_bytes()
+    (folder.path / last / "manifest.json").write_bytes(b"[]")
+    complaints = []
+    assert find_checkpoint(folder, plan, complaints.append)[0] == before
+    assert len(complaints) == 1
+    (folder.path / last / "manifest.json").write_bytes(original)  # whole again, and the run has gone on without it
+    assert find_checkpoint(folder, plan, pytest.fail)[0] == before
+    assert (folder.path / last / "damaged").read_text() == complaints[0] + "\n"
+
+
+def test_a_checkpoint_of_another_number_of_subproblems_is_refused(plan, ended):
+    _, folder = ended(20)
+    name = checkpoints(folder)[0]
+    files, record = whole(folder, name)
+    record.pop("version")
+    record["course"]["reseeds"].pop()
+    record["course"]["curves"] = {}
+    commit(folder, name, files[:3], record)
+    with pytest.raises(RequestError, match="is of 3 subproblems and 2 objectives, and the run has 4 and 2"):
+        find_checkpoint(folder, plan, pytest.fail)
 
 
 def test_the_plan_of_a_resumed_config_is_of_the_same_identity(plan, tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from popmtl.method.course import Course, Stop
+from popmtl.method.course import Course, Seen, Stop
 
 W = np.array([[0.3, 0.7], [0.7, 0.3]])
 M = np.array([[0.7, 0.3], [0.3, 0.7]])
@@ -88,7 +88,7 @@ def test_observations_are_recorded_with_hypervolume_and_front():
     course.advance(course.next_chunk())
     second = course.observe(np.array([[1.0, -3.0], [2.0, -2.0]]))
     assert (second.step, second.hypervolume, second.front_size) == (2, pytest.approx(6), 1)
-    assert course.history == [first, second]
+    assert (course.last, course.best) == (Seen(2, second.hypervolume, None), Seen(0, first.hypervolume, None))
     assert course.reference_point.tolist() == [3, 0]
 
 
@@ -159,3 +159,60 @@ def test_a_course_that_goes_on_stops_where_it_would_have_and_knows_its_best():
         assert (course.step, course.best.step) == (4, 1)  # of equals the first
         course.restore(json.loads(json.dumps(course.state())))
         assert course.next_chunk() is None
+
+
+def figures(course):
+    return course.last, course.best, course.improved, course.stale, course.stopped
+
+
+def test_running_figures_are_those_of_the_whole_history_wherever_it_is_cut():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        rule = {"patience": 4, "min_improvement": float(draw.choice([0.0, 0.05]))}
+        volumes = draw.choice([0.1, 0.2, 0.21, 0.3, 0.5], 12).tolist()
+        course, improved, stale = stopping(volumes, **rule), volumes[0], 0
+        seen = volumes[: course.step + 1]
+        for volume in seen[1:]:
+            better = volume - improved > rule["min_improvement"] * abs(improved)
+            improved, stale = (volume, 0) if better else (improved, stale + 1)
+        assert course.best.step == seen.index(max(seen))
+        assert (course.improved, course.stale) == (pytest.approx(improved), stale)
+        cut = int(draw.integers(0, len(seen)))
+        again = stopping([], **rule)
+        first = stopping(volumes[: cut + 1], **rule)
+        again.restore(json.loads(json.dumps(first.state())))
+        while len(seen) > cut + 1 and again.step < course.step:
+            again.observe(np.array([[1 - volumes[again.step], 0.0]]))
+            if chunk := again.next_chunk():
+                again.advance(chunk)
+        if len(seen) > cut + 1:
+            again.observe(np.array([[1 - volumes[again.step], 0.0]]))
+        assert figures(again) == figures(course)
+
+
+def test_with_another_rule_for_improvements_they_are_counted_anew():
+    volumes = [0.5, 0.51, 0.53, 0.54]
+    course = stopping(volumes, patience=9)
+    assert course.stale == 0
+    again = stopping([], patience=2, min_improvement=0.1)
+    again.restore(course.state(), lambda: volumes)
+    assert (again.improved, again.stale) == (0.5, 3)
+    same = stopping([], patience=2)
+    same.restore(course.state(), pytest.fail)
+    assert same.stale == 0
+
+
+def test_a_state_is_as_large_after_many_observations_as_after_one():
+    course = Course(W, M, np.ones(2000), 1, [0, 0], [3, 3])
+    sizes = []
+    for n in range(1000):
+        course.observe(np.array([[2.0, 1 / (n + 1)], [1 / (n + 1), 2.0]]))
+        sizes.append(len(json.dumps(course.state())))
+        course.advance(course.next_chunk())
+    assert max(sizes) < 1000
+    assert {name for name, value in vars(course).items() if isinstance(value, list | dict) and len(value) > 2} == set()
+
+
+def test_a_course_that_was_not_observed_has_no_state():
+    with pytest.raises(ValueError, match="observed once"):
+        Course(W, M, np.ones(2), 1).state()

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from run_records import record
 
 from popmtl.errors import CheckpointDamaged
 from popmtl.method.front import Hypervolume
@@ -17,6 +18,7 @@ from popmtl.runs.checkpoint import (
     keep_last,
     last_whole,
     read_tensors,
+    record_of,
     set_aside,
     subproblem_file,
     write_tensors,
@@ -41,7 +43,7 @@ def write(folder, step, committed=True):
         for i in range(2)
     ]
     if committed:
-        commit(folder, name, files, {"step": step})
+        commit(folder, name, files, record(step))
 
 
 def found(folder):
@@ -55,8 +57,8 @@ def test_what_was_written_comes_back_exactly(folder):
     tensors, numbers = read_tensors(folder, name, files_of(folder, name)[1])
     assert torch.equal(tensors["row"], torch.full((5,), 201.0))
     assert numbers == {"step": 200}
-    whole, course = last_whole(folder, pytest.fail)
-    assert (whole, course["step"]) == (name, 200)
+    found, saved = last_whole(folder, pytest.fail)
+    assert (found, saved["step"]) == (name, 200)
     assert sorted(folder.files.children(name)) == sorted(FILES), "nothing is left beside the files"
 
 
@@ -125,7 +127,7 @@ def test_who_reads_a_file_finds_its_damage_and_the_checkpoint_can_be_passed_over
         read_tensors(folder, name, files[1])
     seen = last_whole(folder, lambda what: None, contents=False)[0]
     assert seen == (name if harm is flip else checkpoint_name(100)), "sizes alone do not tell"
-    set_aside(folder, name)
+    set_aside(folder, name, "a reason")
     assert found(folder) == (checkpoint_name(100), [])
 
 
@@ -158,26 +160,26 @@ def test_those_who_were_started_again_write_elsewhere_and_what_they_write_is_lat
     names = [checkpoint_name(300, generation) for generation in (0, 1, 2)] + [checkpoint_name(301)]
     assert len(set(names)) == 4
     for name in names:
-        commit(folder, name, [], {"step": 300})
+        commit(folder, name, [], record(300))
     assert checkpoints(folder)[:4] == names[::-1]
 
 
 def test_damaged_ones_that_are_passed_over_do_not_take_the_place_of_those_that_follow(folder):
     empty(folder, f"{checkpoint_name(200)}/{subproblem_file(0)}")
-    set_aside(folder, checkpoint_name(200))
+    set_aside(folder, checkpoint_name(200), "a reason")
     assert found(folder) == (checkpoint_name(100), [])
-    commit(folder, checkpoint_name(150, 1), [], {"step": 150})
+    commit(folder, checkpoint_name(150, 1), [], record(150))
     keep_last(folder, 1)
     assert checkpoints(folder) == [checkpoint_name(150, 1)]
 
 
 def test_the_best_one_is_kept_on_request(folder):
     for step, hypervolume in ((300, 2.0), (400, 3.0), (500, 3.0), (600, 1.0), (700, 2.5)):
-        commit(folder, checkpoint_name(step), [], {"step": step, "hypervolume": hypervolume})
+        commit(folder, checkpoint_name(step), [], record(step, hypervolume=hypervolume))
     folder.write(f"{checkpoint_name(200)}/course.json", b"no course")
     keep_last(folder, 2, best=True)
     assert checkpoints(folder) == [checkpoint_name(step) for step in (700, 600, 500)]
-    assert hypervolume_of(folder, checkpoint_name(500)) == Hypervolume(3.0)
+    assert hypervolume_of(record_of(folder, checkpoint_name(500))) == Hypervolume(3.0)
     keep_last(folder, 1)
     assert checkpoints(folder) == [checkpoint_name(700)]
 
@@ -185,7 +187,7 @@ def test_the_best_one_is_kept_on_request(folder):
 def test_a_version_that_is_not_ours_is_not_read(folder):
     name = checkpoint_name(300)
     file = write_tensors(folder, f"{name}/{subproblem_file(0)}", {"row": torch.zeros(1)}, {})
-    commit(folder, name, [file], {"step": 300, "version": 99})
+    commit(folder, name, [file], record(300, n=1, version=99))
     latest, complaints = found(folder)
     assert latest == checkpoint_name(200)
     assert "version 99" in complaints[0]
@@ -193,10 +195,10 @@ def test_a_version_that_is_not_ours_is_not_read(folder):
 
 def test_the_best_evaluation_before_each_that_stays_is_kept(folder):
     for step, best in ((300, 300), (320, 300), (350, 350), (380, 350), (410, 350)):
-        commit(folder, checkpoint_name(step), [], {"step": step, "best": best})
+        commit(folder, checkpoint_name(step), [], record(step, best=best))
         keep_last(folder, 1)
         assert checkpoint_name(best) in checkpoints(folder)
     assert checkpoints(folder) == [checkpoint_name(410), checkpoint_name(350)]
-    commit(folder, checkpoint_name(440), [], {"step": 440, "best": 440})
+    commit(folder, checkpoint_name(440), [], record(440, best=440))
     keep_last(folder, 2)
     assert checkpoints(folder) == [checkpoint_name(step) for step in (440, 410, 350)]  # 440 may yet be damaged

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 import pytest
 import yaml
+from run_records import evaluation
 
 from popmtl.errors import RequestError
 from popmtl.runs.folder import RunFolder
@@ -96,25 +97,24 @@ def test_config_that_is_damaged(folder, text):
 
 
 def test_metrics_are_json_lines_with_null_for_what_is_not_finite(folder):
-    folder.append_metrics(
-        {"step": 1, "hypervolume": np.float64(0.5), "losses": np.array([[1.0, np.nan], [np.inf, 2.0]])}
-    )
-    folder.append_metrics({"step": np.int64(2), "hypervolume": float("nan"), "name": "é"})
+    losses = np.array([[1.0, np.nan], [np.inf, 2.0]])
+    folder.append_metrics(evaluation(1, hypervolume=np.float64(0.5), losses=losses))
+    folder.append_metrics(evaluation(np.int64(2), hypervolume=float("nan"), name="é"))
     folder.flush()
     lines = folder.read("metrics.jsonl").decode().splitlines()
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == folder.metrics()
     assert folder.metrics() == [
-        {"step": 1, "hypervolume": 0.5, "losses": [[1.0, None], [None, 2.0]]},
-        {"step": 2, "hypervolume": None, "name": "é"},
+        evaluation(1, hypervolume=0.5, losses=[[1.0, None], [None, 2.0]]),
+        evaluation(2, hypervolume=None, name="é"),
     ]
 
 
 @pytest.mark.parametrize("storage", ["path", "file"], indirect=True)
 def test_a_line_is_there_as_soon_as_it_is_appended_and_a_torn_one_is_not_read(folder):
-    folder.append_metrics({"step": 1})
+    folder.append_metrics(evaluation(1))
     with (folder.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2')
-    assert folder.metrics() == [{"step": 1}]
+    assert folder.metrics() == [evaluation(1)]
 
 
 def test_events_carry_their_time(folder):

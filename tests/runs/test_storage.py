@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from run_records import evaluation, record
 
 from popmtl.errors import RequestError, RunError
 from popmtl.runs import checkpoint, lease, proof
@@ -61,18 +62,18 @@ def test_a_storage_holds_files_by_name(storage):
 
 def test_lines_reach_the_file_by_themselves_and_a_torn_one_goes(storage):
     folder = RunFolder.create(storage, "run")
-    folder.files.write("metrics.jsonl", b'{"step": 0}\n{"step": 1')
+    folder.files.write("metrics.jsonl", json.dumps(evaluation(0)).encode() + b'\n{"step": 1')
     other = RunFolder(folder.location)
     for step in (1, 2):
-        folder.append_metrics({"step": step})
+        folder.append_metrics(evaluation(step))
     assert [record["step"] for record in folder.metrics()] == [0, 1, 2], "the writer reads its own lines at once"
     deadline = time.monotonic() + 10
     while len(other.metrics()) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert [record["step"] for record in other.metrics()] == [0, 1, 2]
-    folder.append_metrics({"step": 3})
+    folder.append_metrics(evaluation(3))
     folder.append_event("finished")
-    assert other.metrics()[-1] == {"step": 3}, "an end writes all that waits"
+    assert other.metrics()[-1] == evaluation(3), "an end writes all that waits"
 
 
 def test_an_object_is_not_written_again_for_every_line(s3, monkeypatch):
@@ -81,21 +82,21 @@ def test_an_object_is_not_written_again_for_every_line(s3, monkeypatch):
     monkeypatch.setattr(RemoteStorage, "_write", lambda self, *file: writes.append(file[0]) or write(self, *file))
     start = time.monotonic()
     while time.monotonic() - start < 4.5:
-        folder.append_metrics({"step": 1})
+        folder.append_metrics(evaluation(1))
         time.sleep(0.01)
     assert 1 <= writes.count("metrics.jsonl") <= 3
 
 
 def test_metrics_from_before_a_checkpoint_are_written_before_it_counts(storage):
     folder = RunFolder.create(storage, "run")
-    folder.append_metrics({"step": 10, "stage": "mtgd"})
+    folder.append_metrics(evaluation(10))
     file = checkpoint.write_tensors(folder, "checkpoints/step-00000010/a", {"row": torch.zeros(2)}, {})
-    checkpoint.commit(folder, "checkpoints/step-00000010", [file], {"step": 10})
+    checkpoint.commit(folder, "checkpoints/step-00000010", [file], record(10, n=1))
     other = RunFolder(folder.location)
-    assert other.metrics() == [{"step": 10, "stage": "mtgd"}]
-    folder.append_metrics({"step": 20, "stage": "mtgd"})
-    folder.forget_metrics_after(10)
-    folder.append_metrics({"step": 15, "stage": "mtgd"})
+    assert other.metrics() == [evaluation(10)]
+    folder.append_metrics(evaluation(20))
+    folder.forget_metrics_after(10, pytest.fail)
+    folder.append_metrics(evaluation(15))
     folder.flush()
     assert [record["step"] for record in other.metrics()] == [10, 15]
 
@@ -309,16 +310,16 @@ def test_of_lines_that_find_no_room_none_is_written(mounted):
 def test_on_a_full_disk_lines_wait_checkpoints_fail_and_results_say_how_to_go_on(mounted, caplog):
     path = mounted("size=1m")
     folder = RunFolder.create(path, "run")
-    folder.append_metrics({"step": 0})
+    folder.append_metrics(evaluation(0))
     filler = fill(path)
     long = "x" * 5000
     for step in (1, 2):
-        folder.append_metrics({"step": step, "long": long})
+        folder.append_metrics(evaluation(step, long=long))
     assert [record["step"] for record in RunFolder(folder.path).metrics()] == [0], "and no half of a line"
     assert [record["step"] for record in folder.metrics()] == [0, 1, 2]
     assert len([record for record in caplog.records if "its lines wait" in record.message]) == 1
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.commit(folder, "checkpoints/step-00000002", [], {"step": 2})
+        checkpoint.commit(folder, "checkpoints/step-00000002", [], record(2))
     assert checkpoint.checkpoints(folder) == []
     with pytest.raises(RunError, match=r"models/0/model\.safetensors cannot be written \(No space left.*--resume"):
         write_model(folder, 0, {"a": torch.zeros(5000)})
@@ -340,12 +341,12 @@ def test_lines_wait_for_an_object_store_that_fails(storage, monkeypatch):
         put(self, *arguments)
 
     monkeypatch.setattr(RemoteStorage, "_put", fails_once)
-    folder.append_metrics({"step": 1})
+    folder.append_metrics(evaluation(1))
     with pytest.raises(OSError, match="No space"):
         folder.flush()
     folder.flush()
     other = RunFolder(folder.location)
-    assert other.metrics() == [{"step": 1}]
+    assert other.metrics() == [evaluation(1)]
     assert [event["kind"] for event in other.events()] == ["lines wait"]
 
 

@@ -21,7 +21,7 @@ from popmtl.runs.front import Front, Member
 from popmtl.runs.results import model_file, write_front, write_model
 from popmtl.tracking import mlflow_sender, mlflow_sink
 from popmtl.tracking.mlflow_sink import MlflowSink, _Curves
-from popmtl.tracking.outbox import JOURNAL, Outbox
+from popmtl.tracking.outbox import CURSOR, JOURNAL, Outbox
 
 OBJECTIVES = ["left", "right digit"]
 WEIGHTS = [[0.1, 0.9], [0.5, 0.5], [0.9, 0.1]]
@@ -483,12 +483,33 @@ def test_a_cursor_ahead_of_a_journal_that_lost_lines(tmp_path):
     for n in range(3):
         outbox.add("event", {"n": n})
         outbox.done()
+    outbox.sent.experiment_id, outbox.sent.parent = "1", "2"
     outbox.save()
     (folder.path / JOURNAL).write_text((folder.path / JOURNAL).read_text().partition("\n")[0] + "\n")
     outbox = Outbox(folder, folder.lines(JOURNAL), place)
     outbox.add("event", {"n": 5})
     assert [entry["n"] for entry in folder.lines(JOURNAL)] == [0, 5]
     assert [entry["n"] for entry in outbox.next(0)] == [5]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [b"[]", *(pytest.param(one, marks=pytest.mark.slow) for one in (b"{", b'{"place": 1, "count": 3}', b"\xff"))],
+)
+def test_a_damaged_cursor_doubles_nothing_and_loses_nothing(tmp_path, database, harm, capsys):
+    shutil.copy(database, tmp_path / "mlflow.db")
+    folder = make_folder(tmp_path)
+    sink = open_sink(folder, None)
+    train(sink, 0, STEPS)
+    sink.log_front(folder.front(), "none")
+    assert sink.close("FINISHED") == []
+    assert_everything_once(sink.uri, "popmtl/test", models=())
+    (folder.path / CURSOR).write_bytes(harm)
+    assert main(["track", str(folder.path)]) == 0
+    assert_everything_once(sink.uri, "popmtl/test", models=())
+    (folder.path / JOURNAL).write_bytes((folder.path / JOURNAL).read_bytes() + b"[1]\n")
+    assert main(["track", str(folder.path)]) == 1
+    assert f"{folder.path}/{JOURNAL}, line " in capsys.readouterr().err
 
 
 def test_a_row_that_another_run_has_made_in_the_same_moment_is_tried_again():
