@@ -397,7 +397,7 @@ def test_what_no_argument_can_be_is_refused_shortly(arguments, says, capsys):
     assert err.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "\u202ea", ".a", "mlflow.db", "a/b", "x" * 256])
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "\u202ea", ".a", "mlflow.db", "a/b"])
 def test_a_name_that_no_run_can_have_is_refused_in_the_plan(refusal, no_ray, name):
     said = refusal("--run-name", name, "--dry-run")
     assert said.startswith("run name '")

@@ -33,7 +33,7 @@ def test_an_actor_that_does_not_share_the_storage_is_named_with_its_host(run, tm
     folder = RunFolder(tmp_path / "runs" / "run-1")
     assert [event["kind"] for event in folder.events()] == ["started", "failed"], "it is not tried again"
     left = [name for name in os.listdir(folder.path) if not name.startswith(".coordinator")]
-    assert sorted(left) == ["config.yaml", "events.jsonl"], "the proof leaves nothing"
+    assert sorted(left) == ["config.yaml", "events.jsonl", "origin.json", "problem"], "the proof leaves nothing"
 
 
 @pytest.mark.slow

@@ -486,7 +486,7 @@ def test_weights_start_the_trunk_of_pspnet(nyuv2, tmp_path):
         ({"model": "resnet"}, "model is 'resnet', and must be one of: segnet, mtan, pspnet"),
         ({"batch_size": 0}, "batch_size for segnet is 0, and must be at least 1"),
         ({"batch_size": 1, "model": "pspnet"}, "batch_size for pspnet is 1, and must be at least 2"),
-        ({"width": 0}, "width 0 at least 1"),
+        ({"width": 0}, "width is 0, and must be at least 1"),
         ({"weights": "resnet50.pth"}, "weights are those of ResNet-50: they need model pspnet and width 64"),
         ({"weights": "absent.pth", "model": "pspnet", "width": 64}, "weights absent.pth: there is no such file"),
         ({"validation": 0.0}, "validation 0.0 of 6 training images"),

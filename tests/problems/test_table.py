@@ -182,7 +182,7 @@ def test_it_learns_what_is_there_to_learn(written):
         ({"inputs": []}, "inputs: no column varies in the training rows"),
         ({"inputs": ["size"], "categorical": ["floor"]}, "categorical: 'floor' is no input"),
         ({"path": "nowhere.csv"}, "path nowhere.csv: there is no such file; give the CSV, ARFF, Parquet or .xlsx file"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size is 0, and must be at least 1"),
         ({"outliers": 0}, "outliers is 0, and must be a number of interquartile ranges above 0"),
     ],
 )

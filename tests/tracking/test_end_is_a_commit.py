@@ -67,7 +67,11 @@ def left_by(path, uri=None):
     folder, here = RunFolder(path), str(path).encode()
     files = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and "tracking" not in file.parts}
     named = {str(file.relative_to(path)): content.replace(here, b"HERE") for file, content in files.items()}
-    kept = {name: content for name, content in named.items() if not name.startswith((".", "checkpoints", "events"))}
+    kept = {
+        name: content
+        for name, content in named.items()
+        if not name.startswith((".", "checkpoints", "events", "origin"))
+    }
     kinds = Counter(event["kind"] for event in folder.events())
     journal = folder.lines(JOURNAL)
     keys = Counter(entry["key"] for entry in journal if "key" in entry)

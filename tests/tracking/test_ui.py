@@ -89,9 +89,9 @@ def test_a_port_that_is_taken_and_runs_that_are_not_there_are_refused(run, tmp_p
 
 def test_a_run_on_a_server_needs_none(tmp_path, capsys):
     folder, _ = finished_folder(tmp_path, "served", [TwoHeadsModel()] * 3)
-    folder.append(
-        "tracking/outbox.jsonl", {"kind": "opening", "uri": "http://mlflow:5000", "experiment": "e", "parent": None}
-    )
+    opening = {"time": 1, "kind": "opening", "id": "i", "uri": "http://mlflow:5000", "experiment": "e", "parent": None}
+    names = {"run_name": "served", "config_name": "c", "objectives": ["a"], "weights": [[1.0]], "artifacts": None}
+    folder.append("tracking/outbox.jsonl", opening | names | {"params": {}, "changed": {}})
     sent = '{"place": ["http://mlflow:5000", "e", null], "experiment_id": "4", "parent": "abc"}'
     folder.write("tracking/sent.json", sent.encode())
     assert main(["ui", str(folder.path), "--trust"]) == 0
