@@ -1,5 +1,6 @@
 """`popmtl ui`, as a user calls it."""
 
+import json
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import asdict
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from tracked_problems import TwoHeadsModel
 from popmtl.cli import main
 from popmtl.runs.folder import RunFolder
 from popmtl.tracking.mlflow_sink import MlflowSink
+from popmtl.tracking.outbox import Sent
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +95,7 @@ def test_a_run_on_a_server_needs_none(tmp_path, capsys):
     opening = {"time": 1, "kind": "opening", "id": "i", "uri": "http://mlflow:5000", "experiment": "e", "parent": None}
     names = {"run_name": "served", "config_name": "c", "objectives": ["a"], "weights": [[1.0]], "artifacts": None}
     folder.append("tracking/outbox.jsonl", opening | names | {"params": {}, "changed": {}})
-    sent = '{"place": ["http://mlflow:5000", "e", null], "experiment_id": "4", "parent": "abc"}'
-    folder.write("tracking/sent.json", sent.encode())
+    sent = Sent(["http://mlflow:5000", "e", None], experiment_id="4", parent="abc")
+    folder.write("tracking/sent.json", json.dumps(asdict(sent)).encode())
     assert main(["ui", str(folder.path), "--trust"]) == 0
     assert "choose    http://mlflow:5000/#/experiments/4/runs/abc/artifacts/pareto/" in capsys.readouterr().out
