@@ -112,7 +112,9 @@ def test_no_command_takes_a_module_from_the_current_folder(trap, tmp_path, scrip
         done = popmtl(*command.split(), cwd=folder, script=script)
         assert (done.returncode, sprung()) == (OK, []), (command, done.stderr)
     RunFolder(run).write_config({"problem": {"name": "own_problem_e:Mine"}, "population": {"subproblems": 2}})
-    for command in (f"track {run}", f"ui {run}", f"train --resume {run}", "status --address http://127.0.0.1:1"):
+    done = popmtl("train", "--resume", run, cwd=folder, script=script)  # which only gives it its last word
+    assert (done.returncode, sprung()) == (OK, []), done.stderr
+    for command in (f"track {run}", f"ui {run}", "status --address http://127.0.0.1:1"):
         done = popmtl(*command.split(), cwd=folder, script=script)
         assert (done.returncode, sprung()) == (BAD_REQUEST, []), (command, done.stderr)
 
