@@ -16,7 +16,7 @@ def test_a_run_goes_on_without_a_node_and_ends_the_same(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     command = [sys.executable, kill_trials.__file__, "--node", "--keep", str(tmp_path)]
     paths = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [clean.get("PYTHONPATH")])])
-    ended = subprocess.run(command, env=clean | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=clean | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=600)
     if "no cluster of several nodes can be started here" in ended.stderr:
         pytest.skip(ended.stderr.splitlines()[-1])
     assert ended.returncode == 0, ended.stdout + ended.stderr
