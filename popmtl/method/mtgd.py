@@ -630,7 +630,9 @@ class Block:
         found = [
             nothing if out else self._evaluated(model, split) for model, out in zip(self.models, self.out, strict=True)
         ]
-        finite = self.rows.isfinite().all(1).tolist()
+        # A norm takes no copy of the row; that of a huge one may not be finite though the row is.
+        sizes = torch.linalg.vector_norm(self.rows, dim=1).tolist()
+        finite = [math.isfinite(size) or bool(row.isfinite().all()) for size, row in zip(sizes, self.rows, strict=True)]
         for i in [i for i, out in enumerate(self.out) if not out]:
             whole = "the parameters of subproblem {} are not finite after an evaluation"
             self._leave_if(i, self._wrong_buffer(i) if finite[i] else whole)

@@ -150,15 +150,6 @@ def whole(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> tuple
     return [listed[name] for name in names[1:]], record
 
 
-def damage(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> str | None:
-    """Why a checkpoint is not `whole`; None if it is."""
-    try:
-        whole(folder, checkpoint, contents=contents)
-    except CheckpointDamaged as error:
-        return str(error)
-    return None
-
-
 def files_of(folder: RunFolder, checkpoint: str) -> list[WrittenFile]:
     """The subproblems' files of a checkpoint whose manifest and record are `whole`, in their order.
 
@@ -166,22 +157,6 @@ def files_of(folder: RunFolder, checkpoint: str) -> list[WrittenFile]:
         CheckpointDamaged: they are not.
     """
     return whole(folder, checkpoint, contents=False)[0]
-
-
-def last_whole(
-    folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True
-) -> tuple[str, dict[str, Any]] | None:
-    """The latest undamaged checkpoint and its record; None if there is none.
-
-    Args:
-        folder: of the run.
-        complain: is told of each that is passed over.
-        contents: as in `whole`.
-    """
-    found, passed_over = _last(folder, contents)
-    for what in passed_over.values():
-        complain(what)
-    return found
 
 
 def _last(folder: RunFolder, contents: bool) -> tuple[tuple[str, dict[str, Any]] | None, dict[str, str]]:
@@ -198,9 +173,14 @@ def _last(folder: RunFolder, contents: bool) -> tuple[tuple[str, dict[str, Any]]
 def last_of_run(
     folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True
 ) -> tuple[str, dict[str, Any]] | None:
-    """As `last_whole`, but None only for a run that never had a checkpoint, and may begin again.
+    """The latest whole checkpoint and its record; None for a run that never had one, and may begin again.
 
     What is passed over for another is set aside.
+
+    Args:
+        folder: of the run.
+        complain: is told of each that is passed over.
+        contents: as in `whole`.
 
     Raises:
         RequestError: it had some, and none is whole; what is wrong with each, naming the file. Or the storage fails.

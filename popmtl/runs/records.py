@@ -521,6 +521,7 @@ class RowNumbers(TypedDict):
 
     optimizer: dict[str, Any]
     out: bool
+    largest_step: float
     awaited: Any
     stream: StreamState
     extra: Any

@@ -6,21 +6,21 @@ import pytest
 import torch
 from run_records import record
 
-from popmtl.errors import CheckpointDamaged
+from popmtl.errors import CheckpointDamaged, RequestError
 from popmtl.method.front import Hypervolume
 from popmtl.runs.checkpoint import (
     checkpoint_name,
     checkpoints,
     commit,
-    damage,
     files_of,
     hypervolume_of,
     keep_last,
-    last_whole,
+    last_of_run,
     read_tensors,
     record_of,
     set_aside,
     subproblem_file,
+    whole,
     write_tensors,
 )
 from popmtl.runs.folder import RunFolder
@@ -48,8 +48,8 @@ def write(folder, step, committed=True):
 
 def found(folder):
     complaints = []
-    whole = last_whole(folder, complaints.append)
-    return (whole[0] if whole else None), complaints
+    latest = last_of_run(folder, complaints.append)
+    return (latest[0] if latest else None), complaints
 
 
 def test_what_was_written_comes_back_exactly(folder):
@@ -57,7 +57,7 @@ def test_what_was_written_comes_back_exactly(folder):
     tensors, numbers = read_tensors(folder, name, files_of(folder, name)[1])
     assert torch.equal(tensors["row"], torch.full((5,), 201.0))
     assert numbers == {"step": 200}
-    found, saved = last_whole(folder, pytest.fail)
+    found, saved = last_of_run(folder, pytest.fail)
     assert (found, saved["step"]) == (name, 200)
     assert sorted(folder.files.children(name)) == sorted(FILES), "nothing is left beside the files"
 
@@ -110,11 +110,14 @@ def test_any_flipped_byte_of_any_file_is_found(folder):
             content = bytearray(original)
             content[position] ^= 1
             (path / name).write_bytes(content)
-            if damage(folder, checkpoint) is None:
-                same = json.loads(content) == json.loads(original) if name == "manifest.json" else False
-                assert same, f"byte {position} of {name}"
+            try:
+                whole(folder, checkpoint)
+            except CheckpointDamaged:
+                continue
+            same = json.loads(content) == json.loads(original) if name == "manifest.json" else False
+            assert same, f"byte {position} of {name}"
         (path / name).write_bytes(original)
-    assert damage(folder, checkpoint) is None
+    whole(folder, checkpoint)
 
 
 @pytest.mark.parametrize("harm", [remove, empty, cut, flip])
@@ -125,7 +128,7 @@ def test_who_reads_a_file_finds_its_damage_and_the_checkpoint_can_be_passed_over
     assert torch.equal(read_tensors(folder, name, files[0])[0]["row"], torch.full((5,), 200.0))
     with pytest.raises(CheckpointDamaged, match=files[1].name):
         read_tensors(folder, name, files[1])
-    seen = last_whole(folder, lambda what: None, contents=False)[0]
+    seen = last_of_run(folder, lambda what: None, contents=False)[0]
     assert seen == (name if harm is flip else checkpoint_name(100)), "sizes alone do not tell"
     set_aside(folder, name, "a reason")
     assert found(folder) == (checkpoint_name(100), [])
@@ -139,8 +142,9 @@ def test_what_was_begun_and_not_committed_is_no_checkpoint(folder):
 def test_without_a_whole_checkpoint_there_is_none(folder):
     for step in (100, 200):
         empty(folder, f"{checkpoint_name(step)}/{subproblem_file(0)}")
-    latest, complaints = found(folder)
-    assert latest is None
+    complaints = []
+    with pytest.raises(RequestError, match=r"no checkpoint is whole: .*00000200.*; .*00000100"):
+        last_of_run(folder, complaints.append)
     assert len(complaints) == 2
     folder.files.remove_folder("checkpoints")
     assert found(folder) == (None, [])

@@ -19,7 +19,6 @@ from popmtl.runs.checkpoint import (
     checkpoint_name,
     checkpoints,
     commit,
-    damage,
     last_of_run,
     read_tensors,
     subproblem_file,
@@ -164,7 +163,7 @@ def test_what_is_no_record_is_one_line_that_names_the_file(run, name, what, caps
         assert f"{run.path}/{name}, line 2: " in said
     elif name not in (CURSOR, *LINES):
         assert f"{run.path}/{name} " in said
-    assert damage(run, BEFORE) is None
+    whole(run, BEFORE)
 
 
 @pytest.mark.parametrize("what", ["a folder", "a pipe", "a device", "a link to nothing", "a link to itself"])
@@ -337,7 +336,7 @@ def test_a_file_that_is_whole_and_not_ours_is_said_to_be_so(run):
         run.write(f"{LAST}/{files[1].name}", content)
         forged = type(forged)(files[1].name, len(content), hashlib.sha256(content).hexdigest())
         commit(run, LAST, [files[0], forged, files[2]], saved)
-        assert damage(run, LAST) is None
+        whole(run, LAST)
         with pytest.raises(RunError, match=r"subproblem-00001.safetensors is not a file of PopMTL's: ") as refusal:
             read_tensors(run, LAST, forged)
         assert "\n" not in str(refusal.value)
