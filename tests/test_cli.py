@@ -344,6 +344,14 @@ def test_the_runs_of_a_storage_folder_are_listed_with_how_they_stand(earlier, ca
     assert main(["runs", "--storage", storage + "/none"]) == BAD_REQUEST
 
 
+def test_a_listing_takes_no_seconds_for_what_only_a_run_needs(earlier):
+    script = "import sys; from popmtl.cli import main; main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", script, "runs", "--storage", str(earlier.storage)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "earlier" in done.stdout
+    assert {"torch", "ray", "mlflow"}.isdisjoint(done.stdout.split())
+
+
 def test_checkpoints_are_verified(earlier, capsys):
     assert main(["verify", str(earlier.path)]) == OK
     assert "no checkpoint" in capsys.readouterr().out

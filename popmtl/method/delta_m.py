@@ -12,9 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from popmtl.method.problem import Direction
+if TYPE_CHECKING:
+    from popmtl.method.problem import Direction
 
 
 class DeltaM(NamedTuple):
