@@ -75,6 +75,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.distributed.plan import make_plan
     from popmtl.distributed.profile import steps_needed
     from popmtl.distributed.resumption import find_checkpoint
+    from popmtl.method.uncompiled import leave_the_compiler_out
     from popmtl.runs.baseline import SINGLE_TASK, baseline_name
     from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
     from popmtl.runs.front import BEST
@@ -83,6 +84,7 @@ def train(options: argparse.Namespace) -> None:
     from popmtl.runs.storage import split
     from popmtl.tracking.links import where_to_look
 
+    leave_the_compiler_out()
     if options.resume:
         _take_config_for_override(options)
         folder = RunFolder(options.resume)

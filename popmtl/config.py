@@ -163,7 +163,7 @@ class TrainConfig(Section):
     """The MTGD stage."""
 
     steps: Steps = 1000
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     lr_schedule: Schedules = None
     clip: Annotated[ClipConfig | None, BeforeValidator(clip_bound)] = None
     accumulate: Annotated[Whole, Field(ge=1, le=MOST_ACCUMULATED)] = 1
@@ -222,7 +222,7 @@ class FineTuneConfig(Section):
     """The Aligned-MTL stage, for each model alone; 0 steps leave it out."""
 
     steps: Annotated[Count, Field(ge=0)] = 0
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     lr_schedule: Schedules = None
     clip: Annotated[ClipConfig | None, BeforeValidator(clip_bound)] = None
     accumulate: Annotated[Whole, Field(ge=1, le=MOST_ACCUMULATED)] = 1
@@ -314,9 +314,9 @@ class Config(Section):
     problem: ProblemConfig
     population: PopulationConfig
     scalarization: ScalarizationConfig = ScalarizationConfig()
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = Field(default_factory=TrainConfig)
     transfer: Annotated[TransferConfig, BeforeValidator(_none_means_no_transfer)] = TransferConfig()
-    fine_tune: FineTuneConfig = FineTuneConfig()
+    fine_tune: FineTuneConfig = Field(default_factory=FineTuneConfig)
     front: FrontConfig = FrontConfig()
     resources: ResourcesConfig = ResourcesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

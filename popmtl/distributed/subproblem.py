@@ -35,6 +35,7 @@ from popmtl.method.problem import Evaluation, Split
 from popmtl.method.replica import Marks, marks
 from popmtl.method.snapshot import RowState, put, put_model, take
 from popmtl.method.stacked import Execution
+from popmtl.method.uncompiled import leave_the_compiler_out
 from popmtl.problems.registry import load_problem
 from popmtl.runs import proof
 from popmtl.runs.checkpoint import WrittenFile, read_tensors, subproblem_file, write_tensors
@@ -80,6 +81,7 @@ class SubproblemActor:
     """One Ray actor, one device, k ≥ 1 subproblems. Everything mathematical is the block's."""
 
     def __init__(self, run: str, rank: int, rows: range) -> None:
+        leave_the_compiler_out()
         self.run, self.rank, self.rows = run, rank, rows
         self.metrics = Metrics(run, rank)
         self.profile: Profile | None = None

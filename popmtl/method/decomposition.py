@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pymoo.util.ref_dirs import RieszEnergyReferenceDirectionFactory, get_reference_directions
 
 Matrix = NDArray[np.float64]
 
@@ -45,6 +44,9 @@ def weight_vectors(
         raise ValueError(
             f"{subproblems} subproblems cannot spread over {objectives} objectives: take 1, or at least {objectives}"
         )
+    # Here, since it takes a quarter of a second, in every process that has a plan.
+    from pymoo.util.ref_dirs import RieszEnergyReferenceDirectionFactory, get_reference_directions
+
     if method == "das_dennis":
         partitions = _partitions(subproblems, objectives)
         W = get_reference_directions("das-dennis", objectives, n_partitions=partitions)

@@ -9,6 +9,7 @@ a gradient is not stepped.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -298,7 +299,10 @@ class Member:
             _resume_schedule(optimizer, self.schedules[i : i + 1], state)
 
 
-OWN_OF_TORCH = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=0.0)))
+@functools.cache
+def own_of_torch() -> frozenset[str]:
+    """The attributes that every optimizer of torch has."""
+    return frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=0.0)))
 
 
 def own_memory(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
@@ -307,13 +311,13 @@ def own_memory(optimizer: Optimizer) -> dict[str, dict[str, Any]]:
     Objects, and what stands in dicts or lists in attributes, are not among it; see `kept_elsewhere`.
     """
     simple = (bool, int, float, str, type(None), Tensor)
-    attributes = {k: v for k, v in vars(optimizer).items() if k not in OWN_OF_TORCH and isinstance(v, simple)}
+    attributes = {k: v for k, v in vars(optimizer).items() if k not in own_of_torch() and isinstance(v, simple)}
     return {"state": {str(k): v for k, v in optimizer.state.items() if isinstance(k, str)}, "attributes": attributes}
 
 
 def kept_elsewhere(optimizer: Optimizer) -> dict[str, Any]:
     """The attributes of an optimizer that no checkpoint holds, by name, but functions."""
-    known = OWN_OF_TORCH | own_memory(optimizer)["attributes"].keys()
+    known = own_of_torch() | own_memory(optimizer)["attributes"].keys()
     return {k: v for k, v in vars(optimizer).items() if k not in known and not callable(v)}
 
 
