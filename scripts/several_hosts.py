@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import psutil
 import yaml
-from kill_trials import differences, largest_difference, poll
+from trial_runs import differences, largest_difference, poll
 
 from popmtl.config import Config
 from popmtl.distributed.plan import RunPlan, make_plan
