@@ -13,6 +13,7 @@ X_{t+1} = opt(X_t) + (M_t − I) X_t.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows, Rows
 from popmtl.method.gradients import GradientMethod, find_shared, task_gradients
-from popmtl.method.health import Sizes, wrong_buffer, wrong_memory
+from popmtl.method.health import Sizes, exploded_moments, norms, wrong_buffer, wrong_memory
 from popmtl.method.mixing import LocalProduct, Mixing, deferred, eager
 from popmtl.method.optimizers import (
     Clip,
@@ -86,7 +87,9 @@ class Recipe:
         replication: how the models of the rows are made.
         generators: which global random generators a step seeds, of "torch", "numpy" and "random".
         shared: names of the parameters that all losses share, see `find_shared`; None looks for them.
-        largest_step: by how much a step changes the norm of a row, as far as that is known before the first one.
+        largest_step: by how much a step changes the norm of a row, over the learning rate, as far as that is known
+            before the first one.
+        unbounded: names of buffers that come to be infinite by themselves, such as masks that are filled later.
         compiled: losses are taken through torch.compile, but where each has a backward pass of its own.
         backend: of torch.compile.
     """
@@ -107,6 +110,7 @@ class Recipe:
     generators: tuple[str, ...] = ("torch", "numpy", "random")
     shared: tuple[str, ...] | None = None
     largest_step: float = 0.0
+    unbounded: tuple[str, ...] = ()
     compiled: bool = False
     backend: str = "inductor"
 
@@ -224,11 +228,11 @@ class Block:
         self.mix_locally = (eager if recipe.order == "consensus" else deferred)(LocalProduct())
         self.taken = taken
         self.out = [False] * count
-        self.sizes = Sizes(count, recipe.largest_step)
         self.last_step = 0
         self.departures: list[Departure] = []
         whole = recipe.clip and recipe.clip.norm is not None  # of all columns
         self.buckets = make_buckets(self.layout, self.rows.itemsize, math.inf if whole else bucket_bytes)
+        self.sizes = Sizes(count, self.buckets, recipe.largest_step)
         self.optimizers = self.new_optimizers(recipe.optimizer, recipe.lr_schedule, recipe.groups, self.buckets)
         self.moments = moment_names(recipe.optimizer) if recipe.mix_moments else []
         self.gradient_rows = GradientRows(self.layout, self.models, self.gradients)
@@ -341,8 +345,7 @@ class Block:
             self.sizes.begin(self.rows)
         losses = step(t, z, A_t, mix)
         self.project()
-        for i, why in self.sizes.end(self.rows, self.out).items():
-            self.leave(i, t, f"{why.format(self.subproblems[i])} at step {t}")
+        self._leave_for(self.sizes.end(self.rows, self.out), t)
         for departed in self.departures:  # not before all exchanges are over: others may read the row in place
             if departed.step == t:
                 self.rows[self.subproblems.index(departed.subproblem)] = math.nan
@@ -359,6 +362,8 @@ class Block:
             displacement = exchange() if exchange else None
             self.update(bucket, self.optimizers)
             if displacement is not None:
+                if self.problem.bounds is None:  # which keep the row from what others would get of it
+                    self._leave_for(self.sizes.stepped(self.rows, bucket, self.out), t)
                 X.add_(displacement)
 
         return self.differentiate(t, z, advance)
@@ -368,11 +373,13 @@ class Block:
         exchanges: list[tuple[list[list[Tensor]], Callable[[], Tensor]]] = []
 
         def advance(bucket: Bucket) -> None:
+            mixed = A_t is not None and bucket.mixed > 0
+            before = [norms(part) for part in self._moments(bucket)] if mixed else []
             self.update(bucket, self.optimizers)
             if A_t is not None and bucket.mixed:
                 X = self.rows[:, bucket.first : bucket.first + bucket.mixed]
-                parts = [list(X), *self.optimizers.moments(bucket.index, self.moments)]
-                self.blank(t, X, parts[1:])
+                parts = [list(X), *self._moments(bucket)]
+                self.blank(t, bucket, parts, before)
                 block = torch.cat([torch.stack(part) for part in parts], dim=1) if len(parts) > 1 else X
                 exchanges.append((parts, mix(block, A_t)))
 
@@ -392,6 +399,7 @@ class Block:
         """
         losses = torch.zeros_like(self.weights)
         rates, taken = self.optimizers.rates(), self.gradient_rows
+        self.sizes.rates = rates
         taken.begin()
 
         def complete(bucket: Bucket) -> None:
@@ -551,24 +559,39 @@ class Block:
                 return f"objective {name} of subproblem {self.subproblems[i]} is {value} at step {t}"
         return None
 
-    def blank(self, t: int, X: Tensor, moments: Sequence[Sequence[Tensor]] = ()) -> None:
+    def blank(self, t: int, bucket: Bucket, parts: Sequence[Sequence[Tensor]], before: Sequence[list[float]]) -> None:
         """Before columns of the k rows, and moments of them, are mixed: NaN where a row is out, or now leaves.
 
         A row leaves if it is not finite, or has exploded. What others receive is then either as it should be, or NaN
         from its first entry on.
+
+        Args:
+            t: the step.
+            bucket: the columns.
+            parts: of these what is mixed, k tensors each: the parameters, then the moments.
+            before: the norms of the moments before the step; none before the first.
         """
-        wrong = self.sizes.judge(X, self.out)
-        for part in moments:
-            finite = torch.stack([piece.sum() for piece in part]).isfinite().tolist()
+        wrong = self.sizes.stepped(self.rows, bucket, self.out)
+        for sizes, part in itertools.zip_longest(before, parts[1:]):
+            after = norms(part)
             for i, piece in enumerate(part):
-                if not (finite[i] or self.out[i] or piece.isfinite().all()):
+                if not (math.isfinite(after[i]) or self.out[i] or piece.isfinite().all()):
                     wrong.setdefault(i, "the optimizer's memory of subproblem {} is not finite")
+            for i in exploded_moments(sizes, after, self.out) if sizes else []:
+                wrong.setdefault(i, "the optimizer's memory of subproblem {} has exploded")
+        self._leave_for(wrong, t)
+        for i in [i for i, out in enumerate(self.out) if out]:
+            for part in parts:
+                part[i].fill_(math.nan)
+
+    def _moments(self, bucket: Bucket) -> list[list[Tensor]]:
+        """The moments of a bucket that are mixed; none before the first step."""
+        return self.optimizers.moments(bucket.index, self.moments) if self.optimizers.has_moments(bucket.index) else []
+
+    def _leave_for(self, wrong: Mapping[int, str], t: int) -> None:
+        """Takes rows out, each for what is wrong with it."""
         for i, why in wrong.items():
             self.leave(i, t, f"{why.format(self.subproblems[i])} at step {t}")
-        for i in [i for i, out in enumerate(self.out) if out]:
-            X[i] = math.nan
-            for part in moments:
-                part[i].fill_(math.nan)
 
     def inspect(self) -> None:
         """Takes rows out whose buffers, or what their optimizers remember, are not finite.
@@ -581,11 +604,12 @@ class Block:
                 self._leave_if(i, self._wrong_buffer(i) or wrong_memory(self.optimizers.tensors(i)))
 
     def _wrong_buffer(self, i: int) -> str | None:
-        return wrong_buffer(own_constants(self.models[i], self.initial, self.layout.names), self.initial)
+        own = own_constants(self.models[i], self.initial, self.layout.names)
+        return wrong_buffer(own, self.initial, self.recipe.unbounded)
 
     def _leave_if(self, i: int, why: str | None) -> None:
         if why:
-            self.leave(i, self.last_step, f"{why.format(self.subproblems[i])} at step {self.last_step}")
+            self._leave_for({i: why}, self.last_step)
             self.rows[i] = math.nan
 
     def leave(self, i: int, t: int, why: str) -> None:

@@ -587,6 +587,10 @@ class Optimizers:
         columns = slice(bucket.first, bucket.first + bucket.mixed)
         return [[self._moment(i, name)[columns] for i in range(len(self.models))] for name in names]
 
+    def has_moments(self, index: int) -> bool:
+        """Whether the optimizers remember moments of the columns of a bucket, of all rows."""
+        return not self.whole or all(_state(self.whole[index][0], i) for i in range(len(self.models)))
+
     def _moment(self, i: int, name: str) -> Tensor:
         """A moment of all of row i, (D,); those of its parameters are made views of it. It is 0 where none is yet."""
         flat = self.flat_moments.setdefault((i, name), torch.zeros_like(self.rows[i]))

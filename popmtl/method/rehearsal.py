@@ -85,7 +85,8 @@ class Rehearsal:
         constant_bytes: of frozen parameters, and buffers that training leaves alone: once an actor.
         own_bytes: of buffers that training changes: once a row.
         memory_bytes: of what the optimizer remembers of a row.
-        largest_step: by how much a step changes the norm of a row, at most.
+        largest_step: by how much a step changes the norm of a row, at most, over the learning rate.
+        unbounded: names of buffers that are infinite after the steps.
         warnings: what is allowed, and the user should know.
     """
 
@@ -103,6 +104,7 @@ class Rehearsal:
     own_bytes: int
     memory_bytes: int
     largest_step: float
+    unbounded: tuple[str, ...]
     warnings: tuple[str, ...]
 
     def cast(self, recipe: Recipe) -> Recipe:
@@ -113,6 +115,7 @@ class Rehearsal:
             generators=self.generators,
             shared=self.shared,
             largest_step=self.largest_step,
+            unbounded=self.unbounded,
         )
 
 
@@ -440,7 +443,8 @@ class _Rehearsing:
             t.nbytes for n, t in take(block, block.optimizers)[0].tensors.items() if n.startswith("optimizer/")
         )
         model = block.models[0]
-        own = sum(value.nbytes for value in own_constants(model, block.initial, self.layout.names).values())
+        written = own_constants(model, block.initial, self.layout.names)
+        own = sum(value.nbytes for value in written.values())
         constant = sum(value.nbytes for value in block.initial.values()) - own
         unreached = [name for name in self.layout.names if name not in self.reached]
         elsewhere = self.at_a_glance & set(unreached)
@@ -492,6 +496,9 @@ class _Rehearsing:
             own_bytes=own,
             memory_bytes=optimizer_bytes,
             largest_step=max(block.sizes.largest),
+            unbounded=tuple(
+                name for name, value in written.items() if value.is_floating_point() and value.isinf().any()
+            ),
             warnings=tuple(notes),
         )
 

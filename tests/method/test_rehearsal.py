@@ -216,6 +216,24 @@ def test_a_buffer_whose_precision_the_losses_need_is_not_cut_in_silence():
         found(Clock)
 
 
+def test_what_a_step_usually_does_and_which_buffers_become_infinite_is_known():
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 2)
+            self.register_buffer("mask", torch.zeros(2))
+
+        def forward(self, x):
+            self.mask[1] = -torch.inf
+            return super().forward(x) + 0 * self.mask[0]
+
+    slow, fast = (Recipe(lambda p, lr=lr: torch.optim.SGD(p, lr=lr)) for lr in (1e-4, 1e-2))
+    rehearsed = [found(Masked, recipe) for recipe in (slow, fast)]
+    assert [one.unbounded for one in rehearsed] == [("mask",)] * 2
+    sizes = [one.largest_step for one in rehearsed]
+    assert 0 < sizes[0] < 3 * sizes[1] < 9 * sizes[0], "in proportion to the rate"
+    assert rehearsed[0].cast(slow).unbounded == ("mask",)
+
+
 def test_what_a_model_keeps_in_python_is_told():
     class Counts(nn.Module):
         calls = 0
