@@ -38,7 +38,7 @@ from torch.nn.functional import cross_entropy
 from popmtl.config import Config
 from popmtl.distributed import driver
 from popmtl.distributed.placement import Nodes
-from popmtl.distributed.plan import RunPlan, make_plan, optimizer_moments
+from popmtl.distributed.plan import RunPlan, make_plan
 from popmtl.distributed.progress import Progress
 from popmtl.method.decomposition import weight_vectors
 from popmtl.method.mtgd import Block, Chunk, Recipe
@@ -170,7 +170,7 @@ def measure(name: str, plan: RunPlan, bandwidth: float, storage: str) -> dict:
     folder = RunFolder.create(storage, f"{name}-{N}")
     driver.run(plan, folder.path, name, watch.show)
     trained = next(event for event in folder.events() if event["kind"] == "trained")
-    passes = 4 + 2 * optimizer_moments(plan.recipe) + (3 if plan.transfers else 0)
+    passes = 4 + 2 * round(plan.rehearsal.memory_bytes / (plan.parameters * ITEMSIZE)) + (3 if plan.transfers else 0)
     ms = 1e3 * trained["step_seconds"] / steps / N
     bound = 1e3 * passes * plan.parameters * ITEMSIZE / bandwidth
     actors = len(plan.placement.rows)
