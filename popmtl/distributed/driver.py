@@ -143,22 +143,32 @@ def run(
     except KeyboardInterrupt:
         _stop(coordinator, ending)
         raise
-    except RayDied as error:
-        # Calls go from process to process: the coordinator can be heard without the rest of Ray.
-        if _stop(coordinator, ending):
-            with suppress(RayError):
-                report = ray.get(ending)
-                return report
-        return _left(RunFolder(folder), error)
     except RayTaskError as error:
         raise RunError(describe_failure(error)) from error
-    except RayError as error:
-        session.check(now=True)
+    except (RayDied, RayError) as error:
+        if death := _death(error):
+            # Calls go from process to process: the coordinator can be heard without the rest of Ray.
+            if _stop(coordinator, ending):
+                with suppress(RayError):
+                    report = ray.get(ending)
+                    return report
+            return _left(RunFolder(folder), death)
         _remove_groups(group_prefix(coordinator._actor_id.hex()))
         raise RunError(f"the coordinator died: {_in_short(error)}; {goes_on}") from error
     finally:
         ray.kill(coordinator)
     return report
+
+
+def _death(error: Exception) -> RayDied | None:
+    """The death of Ray that an error comes of; the coordinator's own may be seen before it."""
+    if isinstance(error, RayDied):
+        return error
+    try:
+        session.check(now=True)
+    except RayDied as death:
+        return death
+    return None
 
 
 def _stop(coordinator: Any, ending: Any) -> bool:
@@ -182,7 +192,7 @@ def _left(folder: RunFolder, error: RayDied) -> Report:
     return Report(folder.front(), [], location, complaints)
 
 
-def _in_short(error: RayError) -> str:
+def _in_short(error: Exception) -> str:
     """What Ray says of a death, in one line and without the numbers of its processes."""
     text = " ".join(line.strip() for line in str(error).splitlines() if not line.startswith("\t"))
     return shorten(text, SAID, placeholder=" …")

@@ -17,6 +17,7 @@ from popmtl.method.gradients import task_gradients
 from popmtl.method.mtgd import Block
 from popmtl.method.optimizers import Clip, MakeOptimizer, MakeSchedule, ParameterGroup
 from popmtl.method.problem import Evaluation, parted
+from popmtl.method.sample import Sample
 from popmtl.method.snapshot import RowState, put, put_model, take, take_model
 from popmtl.method.trees import pack, unpack
 
@@ -64,6 +65,7 @@ class FineTuned:
         kept: whether the fine-tuned model was kept: where it is worse, the model from before stands again.
         evaluation: of the model that stands.
         condition: median condition number of the task gradients over the steps, before alignment; None without steps.
+            Beyond a thousand steps, the medians are those of a `Sample` of them.
         cosine: median of their least pairwise cosine.
         magnitude_similarity: median of their least pairwise magnitude similarity.
     """
@@ -101,7 +103,7 @@ class FineTuning:
         self.block, self.recipe = block, recipe
         self.ideal = torch.as_tensor(ideal)
         self.optimizers = block.new_optimizers(recipe.optimizer, recipe.lr_schedule, recipe.groups)
-        self.stability: list[list[tuple[float, float, float]]] = [[] for _ in block.models]
+        self.stability = [Sample() for _ in block.models]
         if resumed is None:
             self.before = block.evaluate("validation")
             self.lost = list(block.out)  # before the stage
@@ -124,17 +126,16 @@ class FineTuning:
         self.block.gradient_rows.clear()
         self.block.feed.expect(steps * self.recipe.accumulate)
         for n in range(steps):
-            before = [len(taken) for taken in self.stability]
-            losses[n] = self.step(first + n)
-            for i, taken in enumerate(self.stability):
-                if len(taken) > before[i]:
-                    measured[n, i] = taken[-1]
+            losses[n] = self.step(first + n, measured[n])
         for model, row in zip(self.block.models, self.block.rows, strict=True):
             self.block.layout.check_bound(model, row)
         return losses.double().cpu().numpy(), measured
 
-    def step(self, t: int) -> Tensor:
-        """One aligned step of every row; returns the losses, shape (k, m)."""
+    def step(self, t: int, measured: NDArray[np.float64]) -> Tensor:
+        """One aligned step of every row; returns the losses, shape (k, m).
+
+        Writes each row's measures of stability to `measured`, (k, 3), but of rows that are out.
+        """
         block, n = self.block, self.recipe.accumulate
         losses = torch.full_like(block.weights, math.nan)
         rates = self.optimizers.rates()
@@ -151,7 +152,8 @@ class FineTuning:
                     block.leave(i, t, str(error))
                     block.gradient_rows.leave_out(i)
                 else:
-                    self.stability[i].append((aligned.condition, aligned.cosine, aligned.magnitude_similarity))
+                    measured[i] = aligned.condition, aligned.cosine, aligned.magnitude_similarity
+                    self.stability[i].add(measured[i].tolist())
             for _ in batches:  # a row that leaves draws as many as the others
                 pass
         (bucket,) = self.optimizers.buckets
@@ -168,7 +170,7 @@ class FineTuning:
         for state, saved, before, stability, lost in parts:
             state.tensors.update({f"before/{name}": value for name, value in saved.tensors.items()})
             evaluated, _ = pack({"objectives": before.objectives.tolist(), "metrics": before.metrics}, "before")
-            own = {"before": evaluated, "saved": saved.numbers, "stability": list(stability), "lost": lost}
+            own = {"before": evaluated, "saved": saved.numbers, "stability": stability.state(), "lost": lost}
             state.numbers.update(own)
         return states
 
@@ -181,7 +183,7 @@ class FineTuning:
             self.before.append(Evaluation(objectives, evaluated["metrics"]))
             tensors = {n.removeprefix("before/"): v for n, v in state.tensors.items() if n.startswith("before/")}
             self.saved.append(RowState(tensors, state.numbers["saved"]))
-            self.stability.append([(c, cosine, size) for c, cosine, size in state.numbers["stability"]])
+            self.stability.append(Sample(**state.numbers["stability"]))
 
     def align_exact(self, i: int, batches: Iterable[Any], t: int) -> tuple[Tensor, Aligned]:
         """Row i's gradient: aligned where the parameters are shared, each task's own where they are not."""
@@ -249,7 +251,7 @@ class FineTuning:
             if not kept:
                 put_model(block, i, self.saved[i])
             block.out[i] = self.lost[i]
-            medians = np.median(self.stability[i], axis=0).tolist() if self.stability[i] else (None, None, None)
+            medians = self.stability[i].medians() or (None, None, None)
             results.append(FineTuned(values[0], values[1], kept, after if kept else before, *medians))
         return results
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from kill_trials import ray_process
+from ray.exceptions import RayActorError
 from running import run_in
 from toy_problems import config
 from trial_runs import Command, poll, reached
@@ -92,6 +93,17 @@ def test_what_a_run_has_left_is_said(ray_of_four, tmp_path):
     (folder.pareto / "front.json").unlink()
     with pytest.raises(RayDied, match=r"^Ray has died$"):
         driver._left(folder, error)
+
+
+def test_the_coordinators_death_may_be_seen_before_that_of_ray(monkeypatch):
+    def dead(now):
+        raise RayDied("Ray has died")
+
+    died = RayDied("it has")
+    assert driver._death(died) is died
+    assert driver._death(RayActorError()) is None
+    monkeypatch.setattr(driver.session, "check", dead)
+    assert str(driver._death(RayActorError())) == "Ray has died"
 
 
 @pytest.mark.slow
