@@ -34,7 +34,7 @@ from popmtl.text import is_printable
 from popmtl.tracking.mlflow_sink import MlflowSink
 from popmtl.tracking.outbox import CURSOR, Sent
 
-EXAMPLES = [20, pytest.param(400, marks=pytest.mark.slow)]
+EXAMPLES = [20, pytest.param(60, marks=pytest.mark.slow), pytest.param(400, marks=pytest.mark.endurance)]
 """Of each of the five tests."""
 SECONDS, HANGS, MEMORY, LONGEST = 2.0, 60.0, 2**30, 12_000
 """Processor time of a refusal, time after which anything hangs, bytes beyond what is there, characters of a message."""

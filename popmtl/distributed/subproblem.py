@@ -23,6 +23,7 @@ from popmtl.distributed.mixing.coordinator import CoordinatorMixing
 from popmtl.distributed.mixing.overlap import Background, SideStream
 from popmtl.distributed.mixing.shared_memory import SharedMemory
 from popmtl.distributed.mixing.timed import Timed
+from popmtl.distributed.orphans import end_forks_with_their_parents
 from popmtl.distributed.placement import describe_actor
 from popmtl.distributed.plan import RunPlan
 from popmtl.distributed.profile import Profile
@@ -82,6 +83,7 @@ class SubproblemActor:
 
     def __init__(self, run: str, rank: int, rows: range) -> None:
         leave_the_compiler_out()
+        end_forks_with_their_parents()
         self.run, self.rank, self.rows = run, rank, rows
         self.metrics = Metrics(run, rank)
         self.profile: Profile | None = None

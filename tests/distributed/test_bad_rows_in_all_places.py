@@ -3,6 +3,7 @@
 python tests/distributed/test_bad_rows_in_all_places.py    prints the table of what left, and when
 """
 
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -49,9 +50,17 @@ def expected(kind, way):
     return [(step // EVERY + 1) * EVERY - 1 if at_evaluation else step for step in STEPS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("transport", TRANSPORTS)
+SELECTED = {("local", "consensus"), ("shared_memory", "consensus"), ("coordinator", "with moments")}
+SELECTED |= {("collective", "adapt_then_combine")}
+
+
+@pytest.mark.parametrize(
+    ("transport", "way"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case in SELECTED else pytest.mark.endurance)
+        for case in itertools.product(TRANSPORTS, WAYS)
+    ],
+)
 def test_no_other_row_has_anything_of_it(run, transport, way):
     _, folder, report = run(planted(transport, WAYS[way]))
     assert left(folder) == {i + 1: expected(kind, way) for i, kind in enumerate(KINDS)}

@@ -210,7 +210,7 @@ def test_a_full_disk_under_the_tracking_database_loses_no_point(ray_of_four, sma
     assert_same_in_mlflow(folder, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_database_that_another_process_locks_for_a_minute_loses_no_point(ray_of_four, tmp_path):
     train = {"steps": 1500, "evaluate_every": 100}
     reference, folder = (RunFolder.create(tmp_path / name, "run") for name in ("reference", "runs"))
@@ -302,7 +302,7 @@ def test_a_storage_that_turns_read_only_fails_the_run_at_its_end_and_is_gone_on_
     assert 40 <= rewound < 200
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_twenty_runs_in_one_storage_leave_nothing(ray_of_four, tmp_path):
     me, counts = psutil.Process(), []
     data = config(2, train={"steps": 20}) | {"tracking": TRACKED}
@@ -337,7 +337,7 @@ def test_commands_leave_no_file_of_ray_and_no_process(tmp_path):
     data = digits(2, "collective") | {"tracking": {"enabled": False}, "fine_tune": {"steps": 0}}
     data["train"] |= {"steps": 20, "evaluate_every": 10}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
-    for number in range(3):
+    for number in range(2):
         command = Command(tmp_path, "run.yaml", "--run-name", f"run-{number}")
         try:
             assert command.wait() == 0, command.log.read_text()

@@ -172,12 +172,17 @@ def test_a_death_after_the_last_step_is_mended(death, plain, tmp_path, capsys):
     assert len(died_at) >= 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("first", [1, 2])
-def test_a_death_at_any_instant_after_the_last_step_is_mended(death, modelled, tmp_path, first, capsys):
-    died_at = die_everywhere(death, modelled, tmp_path, itertools.count(first, 2), capsys)
+@pytest.mark.parametrize(
+    ("first", "every"),
+    [
+        pytest.param(1, 11, marks=pytest.mark.slow),
+        *(pytest.param(first, 2, marks=pytest.mark.endurance) for first in (1, 2)),
+    ],
+)
+def test_a_death_at_any_instant_after_the_last_step_is_mended(death, modelled, tmp_path, first, every, capsys):
+    died_at = die_everywhere(death, modelled, tmp_path, itertools.count(first, every), capsys)
     print(f"{len(died_at)} instants: {Counter(what.split()[0] for what in died_at.values())}")
-    assert len(died_at) > 30
+    assert len(died_at) > 60 / every
 
 
 @pytest.mark.parametrize("number", [3, *(pytest.param(number, marks=pytest.mark.slow) for number in (8, 14, 30))])
