@@ -95,13 +95,20 @@ def train(options: argparse.Namespace) -> None:
                     raise RequestError(
                         f"{folder.location} has no config.yaml: its process was killed as it made it; give CONFIG, too"
                     )
+                if not (folder.is_begun() or options.trust):
+                    raise RequestError(
+                        f"{folder.location} has no config.yaml, so that nothing tells whose run it is: give --trust if "
+                        "you trust who made it"
+                    )
                 config = load_config(options.config, options.overrides)
+            elif folder.has_front():
+                _complete_front(folder, options)
+                return
             else:
+                # Before the config is checked: that imports an optimizer's module.
+                _admit_code(folder, options.trust)
                 config = resumed_config(folder.config(), options.config, options.overrides)
-                if folder.has_front():
-                    _complete_front(folder, config, options)
-                    return
-                _admit_resumed(folder, config, options.trust)
+                _admit_tracking(folder, config, options.trust)
         config = config.model_copy(update={"storage": split(folder.location)[0]})
         name = folder.name
     else:
@@ -180,17 +187,27 @@ def train(options: argparse.Namespace) -> None:
             console.print(hint, highlight=False, soft_wrap=True)
 
 
-def _admit_resumed(folder: RunFolder, config: Config, trust: bool) -> None:
-    """Checks that a run may go on here: its problem's code may run, and MLflow is where the user has named it.
+def _admit_code(folder: RunFolder, trust: bool) -> None:
+    """Checks that what the config of a run names may be imported and run here.
 
     Raises:
         RequestError: the folder is a stranger's, and `trust` was not given.
     """
-    from popmtl.runs.trust import admit
+    from popmtl.runs.trust import admit, problem_of
+
+    config = folder.config()
+    for change in admit(folder, problem_of(config), trust, "--trust", _note):
+        _note(f"warning: {change}")
+
+
+def _admit_tracking(folder: RunFolder, config: Config, trust: bool) -> None:
+    """Checks that MLflow is where the user has named it.
+
+    Raises:
+        RequestError: the folder is a stranger's, and `trust` was not given.
+    """
     from popmtl.tracking.mlflow_sink import check_opening
 
-    for change in admit(folder, config.problem.name, trust, "--trust", _note):
-        _note(f"warning: {change}")
     if config.tracking.enabled:
         check_opening(folder, config.tracking.uri, trust)
 
@@ -239,12 +256,14 @@ def _train_baseline(
     own = baseline_name(folder.name)
     beside = RunFolder(joined(config.storage, own))
     resumes = beside.files.entry("config.yaml") is not None
+    if resumes:
+        beside.files.check_links()
+        _admit_code(beside, trust)
     if resumes and decisive(validated(beside.config(), f"config.yaml of {beside.location}")) != decisive(config):
         raise RequestError(f"{beside.location}: is of another config than this run's baseline; move it away")
     if not beside.has_front():
         if resumes:
-            beside.files.check_links()
-            _admit_resumed(beside, config, trust)
+            _admit_tracking(beside, config, trust)
         else:
             beside = RunFolder.create(config.storage, own)
         with beside.held():
@@ -336,26 +355,34 @@ def _take_config_for_override(options: argparse.Namespace) -> None:
         options.config, options.overrides = None, [options.config, *options.overrides]
 
 
-def _complete_front(folder: RunFolder, config: Config, options: argparse.Namespace) -> None:
+def _complete_front(folder: RunFolder, options: argparse.Namespace) -> None:
     """`popmtl train --resume` of a run that has its front: brings what is lacking of its end, without Ray.
 
     Raises:
         RequestError: nothing is, or the request changes what comes before the front.
         RunError: MLflow has not taken everything.
     """
-    from popmtl.config import validated
     from popmtl.runs.folder import last_word
 
     if last_word(folder) == "finished":
         raise RequestError(f"{folder.location}: this run has finished")
-    own = validated(folder.config(), f"config.yaml of {folder.location}")
-    if (config.train, config.fine_tune, config.tracking) != (own.train, own.fine_tune, own.tracking):
+    if (options.config or options.overrides) and _changes_what_is_done(folder, options):
         raise RequestError(f"{_has_front(folder)}; train, fine_tune and tracking cannot change any more")
     if options.dry_run:
         _say(_has_front(folder))
         return
     _complete_baseline(folder, options.trust)
     _completed(folder, options.trust)
+
+
+def _changes_what_is_done(folder: RunFolder, options: argparse.Namespace) -> bool:
+    """Whether a request asks for other settings of what comes before the front."""
+    from popmtl.config import resumed_config, validated
+
+    _admit_code(folder, options.trust)
+    config = resumed_config(folder.config(), options.config, options.overrides)
+    own = validated(folder.config(), f"config.yaml of {folder.location}")
+    return (config.train, config.fine_tune, config.tracking) != (own.train, own.fine_tune, own.tracking)
 
 
 def _has_front(folder: RunFolder) -> str:
@@ -533,15 +560,17 @@ def _draw(options: argparse.Namespace, draw: Callable[[BinaryIO], None]) -> None
 def verify(options: argparse.Namespace) -> None:
     """`popmtl verify`: every file of a run's checkpoints against its manifest."""
     from popmtl.errors import CheckpointDamaged
-    from popmtl.runs.checkpoint import checkpoints, hypervolume_of, whole
+    from popmtl.runs.checkpoint import checkpoints, hypervolume_of, set_aside_of, whole
     from popmtl.runs.folder import RunFolder
     from popmtl.runs.storage import split
 
     folder = RunFolder(options.run)
     folder.config()
     with _reading(options.run):
-        found = checkpoints(folder)
-    damaged = 0
+        found, aside = checkpoints(folder), set_aside_of(folder)
+    damaged = len(aside)
+    for name, why in aside.items():
+        _say(f"{split(name)[1]}: set aside: {why}")
     for name in found:
         try:
             stands = f"whole, hypervolume {hypervolume_of(whole(folder, name)[1]):.5g}"
@@ -549,7 +578,7 @@ def verify(options: argparse.Namespace) -> None:
             stands, damaged = str(error), damaged + 1
         _say(f"{split(name)[1]}: {stands}")
     if damaged:
-        raise RunError(f"{folder.location}: {damaged} of {len(found)} checkpoints are damaged")
+        raise RunError(f"{folder.location}: {damaged} of {len(found) + len(aside)} checkpoints are damaged")
     if not found:
         _say(f"{folder.location} has no checkpoint")
 

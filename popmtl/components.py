@@ -26,6 +26,7 @@ from pydantic import (
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
+from popmtl import modules
 from popmtl.errors import nearest
 from popmtl.method.gradients import GradientMethod, gradient_method
 from popmtl.method.optimizers import Clip, ParameterGroup
@@ -109,6 +110,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
             names = [n for n in known if n not in ("Optimizer", "LBFGS")]
             raise ValueError(f"torch.optim has no optimizer {name!r} that takes plain steps{nearest(name, names)}")
         return cls
+    modules.use_folders()
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except Exception as error:

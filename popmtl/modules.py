@@ -10,28 +10,41 @@ FOLDERS = "POPMTL_FOLDERS"
 """What workers on other machines are told of the user's folders."""
 
 _folders: list[str] = []
+_used: list[str] = []
+"""Those that are on Python's path because they are the user's."""
 
 
 def look_in(*folders: str, before: bool = False) -> None:
-    """Has modules be found in folders that exist, in this order, after all other places; "" is the current folder.
+    """Has the user's modules be looked for in folders that exist, in this order; "" is the current folder.
 
-    The current folder, where Python puts it first, goes to the end; unless PopMTL itself comes from there.
+    Nothing else is imported from there: they are not on Python's path before `use_folders`. The current folder, where
+    Python puts it first, leaves the path; unless PopMTL itself comes from there.
 
     Args:
         folders: where to look.
         before: whether they come before those of earlier calls.
     """
     ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for folder in [os.path.abspath(folder) for folder in folders]:
+    try:
+        current = os.getcwd()
+    except FileNotFoundError:  # it was removed
+        current = ""
+    place = 0 if before else len(_folders)
+    for folder in [os.path.abspath(folder) if folder else current for folder in folders if folder or current]:
         if not os.path.isdir(folder):
             continue
-        if folder == os.getcwd() != ours:
+        if folder == current != ours:
             sys.path[:] = [entry for entry in sys.path if entry not in (folder, "")]
-        if folder not in sys.path:
-            earlier = [i for i, entry in enumerate(sys.path) if before and entry in _folders]
-            sys.path.insert(min(earlier, default=len(sys.path)), folder)
         if folder not in _folders:
-            _folders.append(folder)
+            _folders.insert(place, folder)
+            place += 1
+
+
+def use_folders() -> None:
+    """Puts the user's folders at the end of Python's path: code of theirs is about to be imported."""
+    others = [entry for entry in sys.path if entry not in _used]
+    _used[:] = [folder for folder in _folders if folder not in others]
+    sys.path[:] = others + _used
 
 
 def folders() -> str:
@@ -42,6 +55,7 @@ def folders() -> str:
 def look_in_folders() -> None:
     """Has a worker find modules where its driver does."""
     look_in(*filter(None, os.environ.get(FOLDERS, "").split(os.pathsep)))
+    use_folders()
 
 
 def located(module: str) -> str | None:
@@ -54,7 +68,7 @@ def located(module: str) -> str | None:
     importlib.invalidate_caches()
     top, *parts = module.split(".")
     try:
-        spec = importlib.util.find_spec(top)
+        spec = importlib.util.find_spec(top) or importlib.machinery.PathFinder.find_spec(top, _folders)
         for part in parts:
             if spec is None or spec.submodule_search_locations is None:
                 return None

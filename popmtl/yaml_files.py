@@ -123,8 +123,9 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.events = yaml.parse(text, Loader=_EVENTS)
-        self.anchors: dict[str, tuple[Any, int]] = {}
+        self.anchors: dict[str, tuple[Any, int, int]] = {}
         self.count = 0
+        self.deepest = 0
 
     def document(self) -> Any:
         value = None
@@ -140,13 +141,14 @@ class _Reader:
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
                 raise _at(event, f"*{cut(str(event.anchor), 40)} stands for nothing that is complete before it")
-            value, size = self.anchors[event.anchor]
+            value, size, height = self.anchors[event.anchor]
             self.spend(event, size)
+            self.descend(event, depth + height)
             return copy.deepcopy(value)  # an override of one must not change the other
-        before = self.count
+        before, above = self.count, self.deepest
         self.spend(event, 1 + len(getattr(event, "value", "")) // 100)
-        if depth > DEEPEST:
-            raise _at(event, f"more than {DEEPEST} levels, one in the other")
+        self.deepest = depth
+        self.descend(event, depth)
         if isinstance(event, MappingStartEvent):
             _check_tag(event, "map")
             value = self.mapping(depth)
@@ -158,7 +160,8 @@ class _Reader:
         else:
             value = _scalar(event)
         if event.anchor is not None:
-            self.anchors[event.anchor] = value, self.count - before
+            self.anchors[event.anchor] = value, self.count - before, self.deepest - depth
+        self.deepest = max(above, self.deepest)
         return value
 
     def mapping(self, depth: int) -> dict[str, Any]:
@@ -175,6 +178,11 @@ class _Reader:
                 raise _at(event, f"the key {shown(key)} stands there twice")
             found[key] = self.value(next(self.events), depth + 1)
         return found
+
+    def descend(self, event: Any, depth: int) -> None:
+        if depth > DEEPEST:
+            raise _at(event, f"more than {DEEPEST} levels, one in the other, aliases counted as what they stand for")
+        self.deepest = max(self.deepest, depth)
 
     def spend(self, event: Any, size: int) -> None:
         self.count += size

@@ -26,7 +26,7 @@ from popmtl.cli import BAD_REQUEST, FAILED, INTERRUPTED, OK, main
 from popmtl.config import Config, load_config
 from popmtl.distributed.plan import make_plan
 from popmtl.distributed.progress import Report
-from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, subproblem_file, write_tensors
+from popmtl.runs.checkpoint import checkpoint_name, checkpoints, commit, set_aside, subproblem_file, write_tensors
 from popmtl.runs.folder import COORDINATOR_LOCK, RunFolder
 from popmtl.runs.front import Front
 from popmtl.runs.results import load_model, write_front
@@ -364,6 +364,11 @@ def test_checkpoints_are_verified(earlier, capsys):
     assert main(["verify", str(earlier.path)]) == FAILED
     out, err = capsys.readouterr()
     assert f"{subproblem_file(0)} is missing" in out
+    assert "1 of 2 checkpoints are damaged" in err
+    set_aside(earlier, checkpoint_name(2), "a reason")
+    assert main(["verify", str(earlier.path)]) == FAILED, "whoever passed over it, it is not forgotten"
+    out, err = capsys.readouterr()
+    assert "step-00000002: set aside: a reason" in out
     assert "1 of 2 checkpoints are damaged" in err
 
 

@@ -42,6 +42,7 @@ class {name}(VectorProblem):
 def path(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(modules, "_folders", [])
+    monkeypatch.setattr(modules, "_used", [])
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -177,21 +178,47 @@ def test_one_that_is_installed_from_the_current_folder_is_not_passed_over(tmp_pa
     assert modules.passed_over("own_problem_i") is None
 
 
-def test_the_current_folder_goes_to_the_end_of_the_path(tmp_path, monkeypatch):
+def test_the_current_folder_leaves_the_path_and_comes_back_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
+    before = list(sys.path)
     sys.path[:0] = ["", str(tmp_path)]
     modules.look_in("a", "no_such_folder", "")
+    assert sys.path == before, "nothing is imported from there yet"
+    modules.use_folders()
     assert sys.path[-2:] == [str(tmp_path / "a"), str(tmp_path)]
     assert "" not in sys.path
     assert sys.path.count(str(tmp_path)) == 1
     (tmp_path / "b").mkdir()
     modules.look_in("b", before=True)
+    modules.use_folders()
     assert sys.path[-3:] == [str(tmp_path / name) for name in ("b", "a")] + [str(tmp_path)]
     monkeypatch.setenv(modules.FOLDERS, modules.folders())
     sys.path[:] = [str(tmp_path), "lib"]
     modules.look_in_folders()
-    assert sys.path == ["lib", str(tmp_path / "a"), str(tmp_path), str(tmp_path / "b")]
+    assert sys.path == ["lib", *(str(tmp_path / name) for name in ("b", "a")), str(tmp_path)]
+
+
+def test_a_current_folder_that_was_removed_is_none(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["runs", "--storage", str(tmp_path / "runs")]) == OK
+
+
+def test_what_only_reads_imports_nothing_from_the_current_folder(tmp_path):
+    """Not even what an installed package looks for and does without."""
+    run = RunFolder.create(tmp_path, "run")
+    run.write_config({"problem": {"name": "vlmop2"}, "population": {"subproblems": 2}}, new=True)
+    ran = tmp_path / "ran"
+    ran.mkdir()
+    for name in ("org", "dill", "cloudpickle", "IPython", "simplejson", "ujson", "uvloop", "gmpy2", "numexpr"):
+        (run.path / f"{name}.py").write_text(f"open({str(ran / name)!r}, 'w').close()\nraise ImportError\n")
+    for command in (["verify", "."], ["runs", "--storage", ".."], ["front", "."]):
+        for script in (True, False):
+            popmtl(*command, cwd=run.path, script=script)
+            assert list(ran.iterdir()) == [], command
 
 
 HEAD = """

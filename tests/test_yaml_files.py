@@ -91,6 +91,7 @@ def test_not_a_number_is_read_as_one():
         ("[" * 10_000, f"more than {DEEPEST} levels"),
         ("- " * 10_000, f"more than {DEEPEST} levels"),
         ("{a: " * 10_000, f"more than {DEEPEST} levels"),
+        ("\n".join(f"k{n}: &a{n} {'[' * 20}{f'*a{n - 1}' if n else 1}{']' * 20}" for n in range(60)), "more than"),
         ("x" * (MOST_BYTES + 1), "is larger than"),
         ("[" + "1," * (MOST_VALUES + 1) + "]", f"more than {MOST_VALUES:,} values"),
         (f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1000)}]", "more than"),

@@ -60,6 +60,8 @@ def _find_class(name: str) -> type[Problem]:
         )
     other = modules.passed_over(module_name)
     note = f"; it is {modules.located(module_name)}, which is installed, and not {other}: rename yours" if other else ""
+    if name not in BUILT_IN:
+        modules.use_folders()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -25,6 +25,7 @@ from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.reading import passing_over
 from popmtl.runs.records import Manifest, Record, Versioned, parse
 from popmtl.runs.storage import PART_BYTES, said
+from popmtl.text import printable
 
 VERSION = 4
 MANIFEST, COURSE, DAMAGED = "manifest.json", "course.json", "damaged"
@@ -218,6 +219,12 @@ def set_aside(folder: RunFolder, checkpoint: str, why: str) -> None:
         OSError: it cannot be said in its folder.
     """
     folder.write(f"{checkpoint}/{DAMAGED}", f"{why}\n".encode(errors="replace"))
+
+
+def set_aside_of(folder: RunFolder) -> dict[str, str]:
+    """The checkpoints that were `set_aside`, and why, in the order of their steps."""
+    names = [name for name, files in sorted(_begun(folder).items()) if DAMAGED in files]
+    return {name: printable(folder.bounded(f"{name}/{DAMAGED}").decode(errors="replace").strip()) for name in names}
 
 
 def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:

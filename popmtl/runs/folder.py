@@ -17,7 +17,7 @@ from secrets import token_hex
 from typing import Any
 
 from popmtl.errors import FileDamaged, RequestError
-from popmtl.runs.files import to_json
+from popmtl.runs.files import open_lock, to_json
 from popmtl.runs.front import LAST, Front
 from popmtl.runs.lease import lease, leased
 from popmtl.runs.names import check_run_name
@@ -25,7 +25,7 @@ from popmtl.runs.reading import Reading, few
 from popmtl.runs.records import AnyEvent, Evaluation
 from popmtl.runs.storage import Entry, LocalStorage, Storage, joined, open_storage, said, split
 from popmtl.runs.trust import sign, without_credentials
-from popmtl.yaml_files import read_yaml, to_yaml
+from popmtl.yaml_files import MOST_BYTES, read_yaml, to_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +35,21 @@ ENDS = ("finished", "incomplete", "failed", "interrupted")
 LOCK, COORDINATOR_LOCK = ".lock", ".coordinator.lock"
 """See `RunFolder.held`."""
 
+LOOK_SECONDS = 0.3
+"""For which a lock is tried at least: `popmtl runs` looks whether it can be had by taking it for a moment."""
+
 RETRY_SECONDS = 2.0
 """Until lines that could not be written are tried again."""
 
 PROBE = b"\0" * 4096
 
 BEGUN = re.compile(
-    r"\.(coordinator\.)?lock|\.probe-[0-9a-f]{8}|\.(\.lock|\.probe-[0-9a-f]{8}|config\.yaml)(\.[0-9a-f]{8})?\.part"
+    r"\.(coordinator\.)?lock|\.probe-[0-9a-f]{8}|origin\.json|problem"
+    r"|\.(\.lock|\.probe-[0-9a-f]{8}|origin\.json|config\.yaml)(\.[0-9a-f]{8})?\.part"
 )
 """What may be in a run's folder before its config.yaml is."""
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
-
-CONFIG_BYTES = 2**20
-"""The most that config.yaml is read of: YAML takes ten seconds for as much."""
 
 
 class RunFolder(Reading):
@@ -91,7 +92,7 @@ class RunFolder(Reading):
         try:
             folder.files.make()
         except FileExistsError as error:
-            if not folder._is_begun():
+            if not folder.is_begun():
                 raise folder._exists() from error
         except NotADirectoryError as error:
             raise RequestError(f"storage {storage}: not a folder ({said(error)})") from error
@@ -151,6 +152,10 @@ class RunFolder(Reading):
         if tracking and tracking.get("uri"):
             config = {**config, "tracking": {**tracking, "uri": without_credentials(tracking["uri"])}}
         content = to_yaml(config).encode()
+        if len(content) > MOST_BYTES:
+            raise RequestError(
+                f"config: with all defaults written out it has {len(content):,} bytes, and the most is {MOST_BYTES:,}"
+            )
         try:
             if new and self.files.entry("config.yaml"):
                 raise self._exists()
@@ -199,7 +204,7 @@ class RunFolder(Reading):
             RequestError: one already does, and goes on for longer.
             RunError: one took over, behind a URL; see `lease`.
         """
-        deadline = time.monotonic() + wait
+        deadline = time.monotonic() + max(wait, LOOK_SECONDS)
         with ExitStack() as stack:
             while True:
                 try:
@@ -229,7 +234,7 @@ class RunFolder(Reading):
             return False
         names = self.files.children("")
         there = bool(names) or (self.files.path is not None and self.files.path.is_dir())
-        return "events.jsonl" in names or (there and self._is_begun())
+        return "events.jsonl" in names or (there and self.is_begun())
 
     def vanished(self) -> str | None:
         """Why nothing can be written here any more: the folder of a run, or the right to write there, is gone.
@@ -267,7 +272,7 @@ class RunFolder(Reading):
         """
         where = self.files.where("config.yaml")
         try:
-            settings = read_yaml(self.bounded("config.yaml", CONFIG_BYTES))
+            settings = read_yaml(self.bounded("config.yaml", MOST_BYTES))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(f"{self.location} is not a run folder: it has no config.yaml") from error
         except OSError as error:
@@ -368,7 +373,7 @@ class RunFolder(Reading):
             return _flock(self.files.at(lock))
         return lease(self.files) if lock == LOCK else nullcontext()
 
-    def _is_begun(self) -> bool:
+    def is_begun(self) -> bool:
         """Whether nothing is here but what precedes config.yaml."""
         return self.files.entry("") is None and all(map(BEGUN.fullmatch, self.files.children("")))
 
@@ -461,7 +466,7 @@ def _flock(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process has locked it.
     """
-    with path.open("a") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 from typing_extensions import NotRequired, TypedDict
 
 from popmtl.errors import FileDamaged
@@ -526,6 +536,36 @@ class RowNumbers(TypedDict):
     stream: StreamState
     extra: Any
     buffers: list[str]
+
+
+# origin.json
+
+
+class Origin(BaseModel):
+    """Where a run comes from.
+
+    Attributes:
+        file: the file that the problem's module was in; None of a built-in one.
+        sha256: of its content; None where it is no file of its own, as in an archive.
+        servers: tracking URIs that the user named, or that follow from the storage; without credentials.
+        parents: runs of MLflow that the user named as the parent.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    file: str | None = None
+    sha256: str | None = None
+    servers: list[str] = []
+    parents: list[str] = []
+
+
+class OriginFile(BaseModel):
+    """The content of origin.json: several HMACs where config.yaml is about to be replaced."""
+
+    model_config = ConfigDict(strict=True)
+
+    origin: Origin
+    hmac: list[str]
 
 
 # .lock

@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from popmtl.errors import RequestError, RunError
-from popmtl.runs.checkpoint import subproblem_file
+from popmtl.errors import CheckpointDamaged, RequestError, RunError
+from popmtl.runs.checkpoint import files_of, read_tensors, subproblem_file
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 FORMULA = re.compile(r"(^|[;,|])(?=[\s\"']*[=+\-@＝＋－＠])")
 """Where an apostrophe has to stand in text (https://owasp.org/www-community/attacks/CSV_Injection)."""
-
-logger = logging.getLogger(__name__)
 
 
 def write_front(folder: RunFolder, front: Front) -> None:
@@ -167,8 +165,11 @@ def load_model(
             if checkpoint is None
             else f"{folder.location} has no checkpoint {checkpoint} of subproblem {subproblem}"
         )
-    with folder.fetched(file) as path:
-        state = load_state(path)
+    if checkpoint:
+        state = _read_checked(folder, f"checkpoints/{checkpoint}", subproblem)
+    else:
+        with folder.fetched(file) as path:
+            state = load_state(path)
     try:
         if checkpoint:
             # What is not trained is in no checkpoint.
@@ -186,6 +187,14 @@ def load_model(
     except RuntimeError as error:
         raise RequestError(f"{folder.files.where(file)} does not fit the model of problem {name!r}: {error}") from error
     return model.eval()
+
+
+def _read_checked(folder: RunFolder, checkpoint: str, subproblem: int) -> dict[str, Tensor]:
+    """The tensors of a subproblem in a checkpoint, compared with its manifest."""
+    try:
+        return read_tensors(folder, checkpoint, files_of(folder, checkpoint)[subproblem])[0]
+    except CheckpointDamaged as error:
+        raise RequestError(str(error)) from error
 
 
 def _text(cell: str | None) -> str | None:

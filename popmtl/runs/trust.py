@@ -20,10 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from popmtl import modules
-from popmtl.errors import RequestError
+from popmtl.errors import FileDamaged, RequestError
+from popmtl.runs.records import Origin, OriginFile
+from popmtl.yaml_files import MOST_BYTES
 
 if TYPE_CHECKING:
     from popmtl.runs.folder import RunFolder
@@ -42,33 +42,6 @@ CREDENTIALS = re.compile(
     r"|((?:postgres(?:ql)?|mysql|mariadb|mssql|oracle)(?:\+\w+)?://)[^@\s]*@"
 )
 SECRET = re.compile(r"([?&][^=&\s]*(?:passw|pwd|token|secret)[^=&\s]*=)[^&\s]*", re.IGNORECASE)
-
-
-class Origin(BaseModel):
-    """Where a run comes from.
-
-    Attributes:
-        file: the file that the problem's module was in; None of a built-in one.
-        sha256: of its content.
-        servers: tracking URIs that the user named, or that follow from the storage; without credentials.
-        parents: runs of MLflow that the user named as the parent.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    file: str | None = None
-    sha256: str | None = None
-    servers: list[str] = []
-    parents: list[str] = []
-
-
-class _Record(BaseModel):
-    """The content of origin.json: several HMACs where config.yaml is about to be replaced."""
-
-    model_config = ConfigDict(strict=True)
-
-    origin: Origin
-    hmac: list[str]
 
 
 def without_credentials(text: str) -> str:
@@ -99,7 +72,7 @@ def sign(folder: RunFolder, config: Mapping[str, Any], content: bytes) -> None:
     name = str(config.get("problem", {}).get("name", ""))
     module, colon, _ = name.partition(":")
     file = modules.located(module) if colon else None
-    source = Path(file).read_bytes() if file else None
+    source = Path(file).read_bytes() if file and os.path.isfile(file) else None  # it may be part of an archive
     named = [config.get("tracking", {}).get("uri"), os.environ.get(URI)]
     if folder.files.path:
         named.append(default_database(folder))
@@ -115,7 +88,7 @@ def sign(folder: RunFolder, config: Mapping[str, Any], content: bytes) -> None:
     # Until config.yaml is the new one, the folder is signed with the old one too.
     contents = [content, folder.read("config.yaml")] if before else [content]
     signatures = [_hmac(key, one, origin) for one in dict.fromkeys(contents)] if key else []
-    record = _Record(origin=origin, hmac=signatures)
+    record = OriginFile(origin=origin, hmac=signatures)
     if file and source is not None and file.endswith(".py"):
         folder.write(_copy(module), source)
     folder.write(ORIGIN, (record.model_dump_json(indent=1) + "\n").encode())
@@ -127,9 +100,9 @@ def origin_of(folder: RunFolder) -> Origin | None:
     if key is None:
         return None
     try:
-        record = _Record.model_validate_json(folder.read(ORIGIN))
-        content = folder.read("config.yaml")
-    except (FileNotFoundError, NotADirectoryError, ValidationError):
+        record: OriginFile = folder.record(ORIGIN, OriginFile)
+        content = folder.bounded("config.yaml", MOST_BYTES)
+    except (FileNotFoundError, NotADirectoryError, FileDamaged):
         return None
     wanted = _hmac(key, content, record.origin)
     return record.origin if any(hmac.compare_digest(wanted.encode(), one.encode()) for one in record.hmac) else None
@@ -158,25 +131,52 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
         modules.look_in(modules.root_of(module, origin.file), before=True)
     file = modules.located(module) if colon else None
     runs = f"runs {name} of {file or 'a module that is not here'}" if colon else f"builds {name} as the run says"
+    if others := _code_beside_the_problem(folder.config()):
+        runs += f", and {' and '.join(others)}"
     if origin is None and not trust:
         raise RequestError(
             f"{folder.location} was not made by this user on this machine, or its config was changed, and this {runs}: "
             f"give {flag} if you trust who did"
         )
+    if others:
+        say(runs)
     if not colon:
         return []
     recorded = origin.file if origin else None
     if file is None:
         made = f"; the run's was {recorded}, of which {folder.files.where(_copy(module))} is a copy" if recorded else ""
         raise RequestError(f"problem {name}: there is no module {module!r} on Python's path{made}")
-    say(runs)
-    if origin and recorded and _digest(file) != origin.sha256:
+    if not others:
+        say(runs)
+    if origin and recorded and origin.sha256 and _digest(file) != origin.sha256:
         copy = folder.files.where(_copy(module))
         if os.path.realpath(file) == os.path.realpath(recorded):
             return [f"{file} has changed since the run was made; {copy} is as it was"]
         if not trust:
             raise RequestError(f"problem {name}: {file} is not the {recorded} that the run was made with: give {flag}")
     return []
+
+
+def problem_of(config: Mapping[str, Any]) -> str:
+    """The name of the problem in a config that has not been checked."""
+    problem = config.get("problem")
+    return str(problem.get("name") if isinstance(problem, Mapping) else problem)
+
+
+def _code_beside_the_problem(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config names as `package.module:Class`, but for the problem's, such as an optimizer's."""
+    found: dict[str, None] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Mapping):
+            name = value.get("name")
+            if isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+                found[name] = None
+        for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            look(item)
+
+    look({key: value for key, value in config.items() if key != "problem"})
+    return list(found)
 
 
 def check_tracking(folder: RunFolder, opening: Mapping[str, Any], trust: bool, named: str | None = None) -> None:
@@ -230,8 +230,8 @@ def _copy(module: str) -> str:
     return f"problem/{module}.py"
 
 
-def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _digest(file: str) -> str | None:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if os.path.isfile(file) else None
 
 
 def _hmac(key: bytes, config: bytes, origin: Origin) -> str:

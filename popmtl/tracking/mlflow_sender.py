@@ -35,6 +35,7 @@ import popmtl
 from popmtl.errors import RequestError
 from popmtl.method.fine_tuning import STABILITY
 from popmtl.runs.explorer import Loading, explorer_page
+from popmtl.runs.files import open_lock
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.results import hypervolumes
 from popmtl.runs.trust import without_credentials
@@ -509,7 +510,7 @@ def _one_creator(uri: str) -> Iterator[None]:
     database = Path(uri.removeprefix("sqlite:///"))
     # MLflow retries for minutes on a database that cannot be opened; this says so at once.
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f".{database.name}.lock").open("a") as lock:
+    with open_lock(database.with_name(f".{database.name}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not database.exists() and "?" not in uri:
             _create(database)

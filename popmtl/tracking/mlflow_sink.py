@@ -96,12 +96,14 @@ class MlflowSink:
         closed: what the journal that it goes on with was closed with; None if it was not, or has been opened again.
     """
 
-    def __init__(self, folder: RunFolder, journal: Sequence[Entry], opening: Entry, steps: int) -> None:
+    def __init__(
+        self, folder: RunFolder, journal: Sequence[Entry], opening: Entry, steps: int, known: bool = True
+    ) -> None:
         self.uri: str = without_credentials(opening["uri"])
         self._named = with_credentials(self.uri)
         self._within: Path | None = None
         self._folder, self._opening = folder, opening
-        self._outbox = Outbox(folder, journal, [self.uri, opening["experiment"], opening["parent"]])
+        self._outbox = Outbox(folder, journal, [self.uri, opening["experiment"], opening["parent"]], known)
         logged = max((entry["steps"][-1] for entry in journal if entry["kind"] == "training losses"), default=0)
         measured = max((entry["steps"][-1] for entry in journal if entry["kind"] == "stability"), default=0)
         width = max(1, math.ceil(steps / CURVE_POINTS))
@@ -194,13 +196,15 @@ class MlflowSink:
         """
         journal, opening, config = read_journal(folder), _last_opening(folder), folder.config()
         check_tracking(folder, opening, trust)
-        sink = cls(folder, journal, opening, 0)
+        known = trust or origin_of(folder) is not None
+        # A stranger's cursor could name runs of this user's; those of the journal are found by their tags.
+        sink = cls(folder, journal, opening, 0, known)
         models = (config.get("tracking") or {}).get("models", "front") != "none"
         to_come = models and folder.has_front() and sink.closed != "FINISHED"
         if to_come or any(entry.get("with_model") or entry["kind"] == "picker" for _, entry in sink._outbox._waiting):
             for change in admit(folder, str(config["problem"]["name"]), trust, "--trust", say):
                 say(f"warning: {change}")
-        if not trust and folder.files.path and sink.uri == default_database(folder) and origin_of(folder) is None:
+        if not known and folder.files.path and sink.uri == default_database(folder):
             sink._within = folder.storage.resolve()
         return sink
 

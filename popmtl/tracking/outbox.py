@@ -67,16 +67,19 @@ class Outbox:
         lost: what is wrong with each line of the journal that would be sent now, and is damaged.
     """
 
-    def __init__(self, folder: RunFolder, journal: Sequence[Entry], place: Sequence[str | None]) -> None:
+    def __init__(
+        self, folder: RunFolder, journal: Sequence[Entry], place: Sequence[str | None], known: bool = True
+    ) -> None:
         """Goes on with a journal; what MLflow refused is tried again.
 
         Args:
             folder: the run's.
             journal: its content, from `read_journal`.
             place: see `Sent`.
+            known: take the folder's word for what was sent, and to which runs of MLflow; otherwise all is sent again.
         """
         self._folder = folder
-        self.sent = _read_cursor(folder, place)
+        self.sent = _read_cursor(folder, place) if known else Sent(list(place))
         # The disk may have lost the last lines in a crash, and kept the cursor.
         self.sent.count = min(self.sent.count, len(journal))
         refused = set(self.sent.refused)

@@ -1,7 +1,9 @@
 """The run folder: creating, writing and reading back."""
 
+import fcntl
 import json
 import os
+import threading
 from datetime import datetime, timedelta, timezone
 
 import numpy as np
@@ -10,7 +12,7 @@ import yaml
 from run_records import evaluation
 
 from popmtl.errors import RequestError
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import COORDINATOR_LOCK, LOCK, RunFolder
 
 
 @pytest.fixture
@@ -82,6 +84,75 @@ def test_config_refuses_what_only_python_can_read(folder):
         folder.write_config({"rate": np.float64(1.0)})
     assert folder.config() == {"seed": 1}
     assert sorted(folder.files.children("")) == ["config.yaml", "origin.json"]
+
+
+@pytest.mark.parametrize("storage", ["path"], indirect=True)
+def test_a_config_that_is_too_large_when_all_is_said_is_refused(storage):
+    weights = [[1 / 3] * 12 for _ in range(8000)]
+    folder = RunFolder.create(storage, "large")
+    with pytest.raises(RequestError, match=r"with all defaults written out it has 2,[0-9,]+ bytes"):
+        folder.write_config({"population": {"weights": weights}}, new=True)
+    assert RunFolder.create(storage, "large").is_begun()
+    folder.write_config({"population": {"weights": weights[:4000]}}, new=True)
+    assert folder.config()["population"]["weights"] == weights[:4000]
+
+
+@pytest.mark.parametrize("storage", ["path"], indirect=True)
+def test_a_folder_whose_process_died_as_it_signed_it_is_begun_again(storage, tmp_path, monkeypatch):
+    """After each of the writes that precede config.yaml."""
+    monkeypatch.syspath_prepend(str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "signed_problem.py").write_text("")
+    config = {"problem": {"name": "signed_problem:P"}}
+    written = []
+
+    class Died(BaseException):
+        pass
+
+    for deaths in range(3):
+        folder = RunFolder.create(storage, f"run-{deaths}")
+        real, left = folder.files.write, [deaths]
+
+        def write(name, content, real=real, left=left):
+            if not left[0]:
+                raise Died
+            left[0] -= 1
+            written.append(name)
+            real(name, content)
+
+        folder.files.write = write
+        with pytest.raises(Died):
+            folder.write_config(config, new=True)
+        assert RunFolder(folder.location).lacks_config()
+        again = RunFolder.create(storage, f"run-{deaths}")
+        again.write_config(config, new=True)
+        assert again.config() == config
+    assert written[-2:] == ["problem/signed_problem.py", "origin.json"]
+
+
+@pytest.mark.parametrize("storage", ["path"], indirect=True)
+@pytest.mark.parametrize("lock", [LOCK, COORDINATOR_LOCK])
+@pytest.mark.parametrize("what", ["a pipe", "a link"])
+def test_a_lock_that_is_no_file_keeps_no_one_waiting(folder, tmp_path, lock, what):
+    path = folder.path / lock
+    path.unlink(missing_ok=True)
+    os.mkfifo(path) if what == "a pipe" else path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RequestError, match=r"cannot be written to|leads out of"), folder.held(lock):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("storage", ["path"], indirect=True)
+def test_a_look_at_the_lock_keeps_no_run_from_starting(folder):
+    with folder.held():
+        pass
+    with (folder.path / LOCK).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.1, fcntl.flock, [file, fcntl.LOCK_UN])
+        timer.start()
+        with folder.held():
+            pass
+        timer.join()
 
 
 def test_config_of_no_run_folder(storage):

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import threading
+import zipfile
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,9 +23,9 @@ from popmtl.problems.registry import load_problem
 from popmtl.runs.folder import LOCK, RunFolder, runs_in, states
 from popmtl.runs.results import load_model, model_file
 from popmtl.runs.storage import LocalStorage, open_storage
-from popmtl.runs.trust import ORIGIN, default_database, origin_of, without_credentials
+from popmtl.runs.trust import ORIGIN, admit, default_database, origin_of, without_credentials
 from popmtl.tracking.mlflow_sink import MlflowSink
-from popmtl.tracking.outbox import JOURNAL
+from popmtl.tracking.outbox import JOURNAL, Outbox, read_journal
 from popmtl.tracking.target import Target
 
 SECRET = "what only the user knows"
@@ -62,6 +63,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token-of-the-user")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(modules, "_folders", [])
+    monkeypatch.setattr(modules, "_used", [])
 
 
 @pytest.fixture(scope="module")
@@ -488,6 +490,79 @@ def test_a_strangers_run_is_not_resumed(run, refused):
     config["problem"] = {"name": "table", "path": "/etc/passwd", "targets": ["a", "b"]}
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
     assert "builds table as the run says: give --trust" in refused("train", "--resume", run.path)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_no_module_of_an_optimizer_is_imported_before_the_user_trusts(run, tmp_path, refused, ended):
+    ran = tmp_path / "ran"
+    (tmp_path / "evil_optimizer.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ImportError\n")
+    config = run.config() | {"train": {"optimizer": {"name": "evil_optimizer:Opt"}}}
+    run.write("config.yaml", yaml.safe_dump(config).encode())
+    if not ended:
+        (run.pareto / "front.json").unlink()
+    else:
+        run.append_event("incomplete")
+    says = refused("train", "--resume", run.path, *(["train.steps=9"] if ended else []))
+    assert "give --trust if you trust who did" in says
+    assert "and evil_optimizer:Opt" in says
+    assert not ran.exists()
+    main(["train", "--resume", str(run.path), "--trust", "train.steps=9"])
+    assert ran.exists()
+
+
+def test_a_folder_without_a_config_is_nobodys(run, refused, recorder, tmp_path):
+    """Its journal would decide where the run is sent."""
+    server = recorder()
+    (run.path / "config.yaml").unlink()
+    (run.pareto / "front.json").unlink()
+    run.append_event("started")
+    journal(run, uri=server.uri)
+    config = tmp_path / "mine.yaml"
+    config.write_text("problem: vlmop2\npopulation: {subproblems: 4}\n")
+    assert "nothing tells whose run it is: give --trust" in refused("train", config, "--resume", run.path)
+    assert server.asked == []
+
+
+def test_a_strangers_cursor_names_no_run(run, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    journal(run, uri="http://127.0.0.1:9")
+    place = ["http://127.0.0.1:9", "popmtl/e", None]
+    named = Outbox(run, read_journal(run), place)
+    named.sent.parent, named.sent.members, named.sent.count = "a run of the user's", {"0": "another"}, 1
+    named.sent.experiment_id = "1"
+    named.save()
+    assert MlflowSink.reopen(run)._outbox.sent.parent == "a run of the user's"
+    sent = MlflowSink.reopen(stranger(run), trust=True)._outbox.sent
+    assert sent.parent == "a run of the user's"
+    sent = MlflowSink.reopen(run)._outbox.sent
+    assert (sent.parent, sent.members, sent.count) == (None, {}, 0)
+
+
+@pytest.mark.parametrize("what", ["a folder", "no end", "a pipe", "deep", "of another kind"])
+def test_an_origin_that_is_none_is_a_strangers(run, refused, what):
+    path = stranger(run).path / ORIGIN
+    if what == "a folder":
+        path.mkdir()
+    elif what == "no end":
+        with path.open("wb") as file:
+            file.truncate(2**34)
+    elif what == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("[" * 100_000 if what == "deep" else '{"origin": {"servers": 1}, "hmac": ["x"]}')
+    journal(run, uri="http://127.0.0.1:9")
+    assert "names the tracking server" in refused("track", run.path)
+
+
+def test_a_problem_in_an_archive_has_no_copy_of_its_source(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
+        archive.writestr("zipped_problem.py", "")
+    monkeypatch.syspath_prepend(str(tmp_path / "own.zip"))
+    folder = RunFolder.create(tmp_path / "runs", "run")
+    folder.write_config({"problem": {"name": "zipped_problem:P"}}, new=True)
+    assert origin_of(folder).file == str(tmp_path / "own.zip" / "zipped_problem.py")
+    assert origin_of(folder).sha256 is None
+    assert admit(folder, "zipped_problem:P", False, "--trust", lambda what: None) == []
 
 
 def test_the_module_is_not_imported_before_the_user_trusts(run, tmp_path, monkeypatch):
