@@ -328,3 +328,10 @@ def test_a_model_is_loaded_from_a_checkpoint_as_it_was_then(plan, ended):
             torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
     with pytest.raises(RequestError, match="no checkpoint step-00000021 of subproblem 0"):
         load_model(folder.path, 0, "step-00000021")
+    file = folder.path / "checkpoints/step-00000020/subproblem-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    for damaged, says in ((content, "its SHA-256 differs"), (content[:50], "has 50 bytes, not")):
+        file.write_bytes(damaged)
+        with pytest.raises(RequestError, match=says):
+            load_model(folder.path, 0, "step-00000020")
