@@ -608,7 +608,7 @@ class Coordinator:
                 await self._write_best(course.best.step)
             except ActorLost:
                 raise  # to be recovered from: the run would end without what another has
-            except (RunError, OSError, GetTimeoutError) as error:  # the run itself is complete
+            except (RunError, OSError, GetTimeoutError, FloatingPointError) as error:  # the run itself is complete
                 await asyncio.to_thread(self.folder.files.remove_folder, BEST)
                 self._event("no best front", step=course.best.step, why=describe_failure(error))
         if self.sink:
@@ -629,7 +629,8 @@ class Coordinator:
             except CheckpointDamaged as error:
                 why = describe_failure(error)
                 continue
-            evaluations, validation = await self._evaluations("test"), await self._evaluations("validation")
+            evaluations = await self._evaluations("test", then)
+            validation = await self._evaluations("validation", then)
             await self._write_models(then, BEST)
             front = replace(self._front(then, evaluations, validation, step, ()), best=True)
             await asyncio.to_thread(write_front, self.folder, front)
@@ -746,9 +747,12 @@ class Coordinator:
             shutil.rmtree(self.meeting, ignore_errors=True)
             self.meeting = None
 
-    async def _evaluations(self, split: str) -> list[Evaluation]:
+    async def _evaluations(self, split: str, course: Course | None = None) -> list[Evaluation]:
+        """The members' figures on a split; rows that leave there leave the course, the run's own by default."""
         answers = await self.crew.all("evaluate", split)
-        self._left([one for _, left in answers for one in left])
+        departures = [one for _, left in answers for one in left]
+        self._tell_of(departures)
+        (course or self.course).leave(departures)
         return _in_order([evaluations for evaluations, _ in answers])
 
     def _left(self, departures: Sequence[Departure]) -> None:
