@@ -54,7 +54,10 @@ def here(monkeypatch):
     monkeypatch.setattr("popmtl.distributed.driver.run", run)
 
 
-def begun(storage, files=(".lock", ".probe-01234567", "..probe-01234567.part", ".config.yaml.part")):
+LEFT = (".lock", ".probe-01234567", "..probe-01234567.part", "problem/own.py", "origin.json", ".config.yaml.part")
+
+
+def begun(storage, files=LEFT):
     """The folder of a run whose process was killed before it had a config.yaml."""
     folder = RunFolder.create(storage, "one")
     for name in files:
@@ -95,7 +98,7 @@ def test_a_run_that_lost_its_config_is_resumed_with_the_same_config_only(config,
     assert (path / "pareto" / "front.json").read_bytes() == front
 
 
-@pytest.mark.parametrize("name", ["results.csv", ".git", "checkpoints", ".probe-x"])
+@pytest.mark.parametrize("name", ["results.csv", ".git", "checkpoints", ".probe-x", "problem.py"])
 def test_a_folder_with_anything_else_in_it_is_not_taken_over(config, here, tmp_path, capsys, name):
     (tmp_path / "runs" / "one" / name).mkdir(parents=True)
     assert main(["train", config(), "--run-name", "one"]) == BAD_REQUEST
@@ -105,6 +108,17 @@ def test_a_folder_with_anything_else_in_it_is_not_taken_over(config, here, tmp_p
     assert os.listdir(tmp_path / "runs" / "one") == [name]
     (tmp_path / "runs" / "file").touch()
     assert main(["train", config(), "--run-name", "file"]) == BAD_REQUEST
+
+
+@pytest.mark.parametrize("name", ["problem", "problem/data.csv", "problem/below/own.py"])
+def test_nor_is_one_with_a_folder_or_file_problem_that_holds_something_else(config, here, tmp_path, capsys, name):
+    file = tmp_path / "runs" / "one" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert main(["train", config(), "--run-name", "one"]) == BAD_REQUEST
+    assert "exists already" in capsys.readouterr().err
+    assert main(["train", config(), "--resume", str(tmp_path / "runs" / "one")]) == BAD_REQUEST
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_a_run_that_is_being_made_is_not_taken_over(config, here, tmp_path, capsys):
@@ -125,7 +139,12 @@ def test_a_run_behind_a_url_that_was_killed_as_it_was_made_begins_again(s3, monk
     for name, seconds in (("RENEW_SECONDS", 0.05), ("WAIT_SECONDS", 0.5), ("SETTLE_SECONDS", 0.1)):
         monkeypatch.setattr(lease, name, seconds)
     folder = RunFolder.create(s3, "one")
-    folder.files.write(".lock", b'{"owner": "killed", "count": 3}')
+    for name, content in (
+        (".lock", b'{"owner": "killed", "count": 3}'),
+        ("problem/own.py", b""),
+        ("origin.json", b"{"),
+    ):
+        folder.files.write(name, content)
     assert folder.lacks_config()
     again = RunFolder.create(s3, "one")
     with again.held():

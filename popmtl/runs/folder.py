@@ -44,10 +44,11 @@ RETRY_SECONDS = 2.0
 PROBE = b"\0" * 4096
 
 BEGUN = re.compile(
-    r"\.(coordinator\.)?lock|\.probe-[0-9a-f]{8}|origin\.json|problem"
+    r"\.(coordinator\.)?lock|\.probe-[0-9a-f]{8}|origin\.json"
     r"|\.(\.lock|\.probe-[0-9a-f]{8}|origin\.json|config\.yaml)(\.[0-9a-f]{8})?\.part"
 )
-"""What may be in a run's folder before its config.yaml is."""
+SOURCES, SOURCE = "problem", re.compile(r"[^/]+\.py|\.[^/]+\.py(\.[0-9a-f]{8})?\.part")
+"""What may be in a run's folder, and in the folder `problem` there, before its config.yaml is; see `trust.sign`."""
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
@@ -375,7 +376,11 @@ class RunFolder(Reading):
 
     def is_begun(self) -> bool:
         """Whether nothing is here but what precedes config.yaml."""
-        return self.files.entry("") is None and all(map(BEGUN.fullmatch, self.files.children("")))
+        return (
+            self.files.entry("") is self.files.entry(SOURCES) is None
+            and all(map(BEGUN.fullmatch, {*self.files.children("")} - {SOURCES}))
+            and all(map(SOURCE.fullmatch, self.files.children(SOURCES)))
+        )
 
     def _exists(self) -> RequestError:
         return RequestError(f"{self.location} exists already: give this run another --run-name")
