@@ -8,7 +8,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,11 +39,21 @@ def open_lock(path: Path) -> IO[bytes]:
     Raises:
         OSError: it cannot be made, or is a link, a pipe or another thing that is no file.
     """
-    # A pipe would keep who opens it waiting for another end.
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+
+    def check(mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"{path} is not a regular file")
+
+    with suppress(FileNotFoundError):
+        check(os.lstat(path).st_mode)
+    # What it is by now is looked at, too; a pipe would keep who opens it waiting for another end.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = os.fdopen(os.open(path, flags, 0o666), "rb")
+    try:
+        check(os.fstat(file.fileno()).st_mode)
+    except OSError:
         file.close()
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        raise
     return file
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import socket
 import threading
 from datetime import datetime, timedelta, timezone
 
@@ -132,14 +133,30 @@ def test_a_folder_whose_process_died_as_it_signed_it_is_begun_again(storage, tmp
 
 @pytest.mark.parametrize("storage", ["path"], indirect=True)
 @pytest.mark.parametrize("lock", [LOCK, COORDINATOR_LOCK])
-@pytest.mark.parametrize("what", ["a pipe", "a link"])
-def test_a_lock_that_is_no_file_keeps_no_one_waiting(folder, tmp_path, lock, what):
+@pytest.mark.parametrize("what", ["a pipe", "a folder", "a socket", "a link", "a link to nothing", "a link elsewhere"])
+def test_a_lock_that_is_no_file_keeps_no_one_waiting(folder, tmp_path, monkeypatch, lock, what):
     path = folder.path / lock
-    path.unlink(missing_ok=True)
-    os.mkfifo(path) if what == "a pipe" else path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(RequestError, match=r"cannot be written to|leads out of"), folder.held(lock):
+    match what:
+        case "a pipe":
+            os.mkfifo(path)
+        case "a folder":
+            path.mkdir()
+        case "a socket":
+            monkeypatch.chdir(folder.path)  # the name of one is short
+            with socket.socket(socket.AF_UNIX) as listening:
+                listening.bind(lock)
+        case "a link":
+            (folder.path / "file").touch()
+            path.symlink_to("file")
+        case "a link to nothing":
+            path.symlink_to("nothing")
+        case _:
+            path.symlink_to(tmp_path / "elsewhere")
+    says = f"leads out of {folder.path}" if what == "a link elsewhere" else "is not a regular file"
+    with pytest.raises(RequestError, match=f"{path}(:| ){{1,2}}{says}"), folder.held(lock):
         pass
     assert not (tmp_path / "elsewhere").exists()
+    assert not (folder.path / "nothing").exists()
 
 
 @pytest.mark.parametrize("storage", ["path"], indirect=True)

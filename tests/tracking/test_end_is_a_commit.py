@@ -199,6 +199,15 @@ def test_a_death_while_it_is_mended_is_mended(death, plain, tmp_path, number):
     assert left_by(path) == plain.left
 
 
+def test_a_lock_beside_the_database_that_is_no_file_keeps_no_one_waiting(tmp_path):
+    lock = tmp_path / ".mlflow.db.lock"
+    os.mkfifo(lock)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(OSError, match=f"{lock} is not a regular file"), mlflow_sender._one_creator(uri):
+        pass
+    assert os.listdir(tmp_path) == [".mlflow.db.lock"]
+
+
 def test_a_database_is_there_whole_or_not_at_all(quick, tmp_path, monkeypatch):
     """MLflow cannot go on with one that was killed while MLflow made it."""
 
