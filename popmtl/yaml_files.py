@@ -55,10 +55,8 @@ _SURPRISE = re.compile(
 _CONTROL = re.compile(r"[^\t\n -~\xa0-\ud7ff\ue000-\U0010ffff]")
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes also what `read_yaml` would take for a number, or refuse, and PyYAML would not."""
-
-
+# Quotes also what `read_yaml` would take for a number, or refuse, and PyYAML would not.
+_Dumper: Any = type("_Dumper", (getattr(yaml, "CSafeDumper", yaml.SafeDumper),), {})
 _Dumper.add_implicit_resolver(f"{_TAG}float", re.compile(f"^({_FLOAT.pattern})$"), list("-+.0123456789"))
 _Dumper.add_implicit_resolver(f"{_TAG}int", re.compile(f"^({_SURPRISE.pattern})$"), list("-+.0123456789"))
 
@@ -68,6 +66,7 @@ def to_yaml(data: Mapping[str, Any]) -> str:
 
     Raises:
         yaml.representer.RepresenterError: other than mappings, lists, strings, numbers, truth values and None.
+        ValueError: text that is not UTF-8.
     """
     text: str = yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text

@@ -105,6 +105,16 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(plan_of, monkeypatch, tmp_
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_config_that_is_too_large_with_its_defaults_is_refused_before_anything_is_made(
+    config, refusal, no_ray, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("popmtl.runs.folder.MOST_BYTES", 800)
+    assert re.fullmatch(
+        r"config: with all defaults written out it has \d,\d{3} bytes, and the most is 800", refusal("--run-name", "a")
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(config, no_ray, capsys):
     arguments = ["train", config(), "train.steps=7", "--dry-run", "fine_tune.steps=5", "seed=3"]
     assert main(arguments) == OK

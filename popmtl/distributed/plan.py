@@ -38,7 +38,7 @@ from popmtl.method.streams import Examination, examine
 from popmtl.method.transfer import check_coefficients, kernel_coefficients, may_diverge, schedule_factors
 from popmtl.problems.registry import load_problem
 from popmtl.runs.baseline import SINGLE_TASK, SingleTask, single_task_figures
-from popmtl.runs.folder import RunFolder
+from popmtl.runs.folder import RunFolder, config_file
 from popmtl.runs.storage import is_remote
 
 T = TypeVar("T")
@@ -240,6 +240,7 @@ def make_plan(config: Config, nodes: Nodes) -> RunPlan:
     if config.baseline not in (None, SINGLE_TASK):
         reference = single_task_figures(RunFolder(config.baseline), objectives, problem.tasks)
     check_counts(config, m)
+    config_file(config.resolved())  # before anything is made that could not be resumed
     W = _about("population", lambda: _weights(config, m))
     check_model(config, problem, len(W), nodes)
     if config.scalarization.name == "pbi" and not W.all():

@@ -147,16 +147,9 @@ class RunFolder(Reading):
 
         Raises:
             yaml.representer.RepresenterError: the config holds something else.
-            RequestError: it cannot be written; or another has begun the `new` run before.
+            RequestError: it cannot be written, or not be read again; or another has begun the `new` run before.
         """
-        tracking = config.get("tracking")
-        if tracking and tracking.get("uri"):
-            config = {**config, "tracking": {**tracking, "uri": without_credentials(tracking["uri"])}}
-        content = to_yaml(config).encode()
-        if len(content) > MOST_BYTES:
-            raise RequestError(
-                f"config: with all defaults written out it has {len(content):,} bytes, and the most is {MOST_BYTES:,}"
-            )
+        config, content = config_file(config)
         try:
             if new and self.files.entry("config.yaml"):
                 raise self._exists()
@@ -387,6 +380,29 @@ class RunFolder(Reading):
 
     def _refusal(self, what: str, error: OSError) -> RequestError:
         return RequestError(f"storage {split(self.location)[0]}: cannot be {what} ({said(error)})")
+
+
+def config_file(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bytes]:
+    """The settings as a run's config.yaml has them, without the credentials of a tracking URI, and the file's content.
+
+    Raises:
+        yaml.representer.RepresenterError: see `to_yaml`.
+        RequestError: the run could not read it again: it is too large, say.
+    """
+    tracking = config.get("tracking")
+    if tracking and tracking.get("uri"):
+        config = {**config, "tracking": {**tracking, "uri": without_credentials(tracking["uri"])}}
+    says = "config: with all defaults written out"
+    try:
+        content = to_yaml(config).encode()
+        if len(content) > MOST_BYTES:
+            raise RequestError(f"{says} it has {len(content):,} bytes, and the most is {MOST_BYTES:,}")
+        read_yaml(content)
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise RequestError(f"{says}: {error}") from error
+    return config, content
 
 
 def runs_in(storage: str | os.PathLike[str]) -> list[RunFolder]:

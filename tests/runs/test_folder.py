@@ -14,6 +14,7 @@ from run_records import evaluation
 
 from popmtl.errors import RequestError
 from popmtl.runs.folder import COORDINATOR_LOCK, LOCK, RunFolder
+from popmtl.yaml_files import DEEPEST
 
 
 @pytest.fixture
@@ -96,6 +97,20 @@ def test_a_config_that_is_too_large_when_all_is_said_is_refused(storage):
     assert RunFolder.create(storage, "large").is_begun()
     folder.write_config({"population": {"weights": weights[:4000]}}, new=True)
     assert folder.config()["population"]["weights"] == weights[:4000]
+
+
+@pytest.mark.parametrize("storage", ["path"], indirect=True)
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (json.loads("[" * 40 + "]" * 40), f"line .*: more than {DEEPEST} levels"),
+        ("\udc80", "'utf-8' codec can't encode"),
+    ],
+)
+def test_a_config_that_its_run_could_not_read_again_is_refused(folder, value, says):
+    with pytest.raises(RequestError, match=f"config: with all defaults written out: {says}"):
+        folder.write_config({"a": {"b": value}}, new=True)
+    assert folder.files.children("") == []
 
 
 @pytest.mark.parametrize("storage", ["path"], indirect=True)
