@@ -55,7 +55,6 @@ from popmtl.runs.checkpoint import (
     checkpoints_at,
     commit,
     discard,
-    files_of,
     keep_last,
     set_aside,
     whole,
@@ -265,12 +264,11 @@ class Coordinator:
         self.course, self.resumption, self.pending, self.seen = self._new_course(), None, None, None
         step = -1
         if found:
-            name, record = found
+            name, record, files = found
             step = record["step"]
             self.course.restore(record["course"], partial(self._volumes, step))
             self.constants = record["untrained"]
             assert self.course.ideal is not None  # a state has one
-            files = await asyncio.to_thread(files_of, self.folder, name)
             self.resumption = Resumption(name, files, step, record["fine_tuned"], self.course.ideal)
             if len(record["executions"] or ()) == len(self.plan.placement.rows):
                 self.executions = record["executions"]  # another choice would round otherwise
@@ -278,7 +276,7 @@ class Coordinator:
         await asyncio.to_thread(self.folder.forget_metrics_after, step, damaged.append)
         for what in damaged:
             self._event("damaged line", what=what)
-        self._event("rewound", step=max(0, step), checkpoint=found[0] if found else None)
+        self._event("rewound", step=max(0, step), checkpoint=found.name if found else None)
 
     def _volumes(self, step: int) -> list[float]:
         """The hypervolumes of the evaluations up to a step, in order."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from popmtl.distributed.plan import RunPlan
 from popmtl.errors import RequestError
-from popmtl.runs.checkpoint import last_of_run
+from popmtl.runs.checkpoint import Whole, last_of_run
 from popmtl.runs.folder import RunFolder
 
 
 def find_checkpoint(
     folder: RunFolder, plan: RunPlan, complain: Callable[[str], None], *, contents: bool = True
-) -> tuple[str, dict[str, Any]] | None:
-    """The latest whole checkpoint and its record; None where the run never had one.
+) -> Whole | None:
+    """The latest whole checkpoint; None where the run never had one.
 
     Args:
         folder: of the run.
@@ -29,8 +28,7 @@ def find_checkpoint(
     found = last_of_run(folder, complain, contents=contents)
     if not found:
         return None
-    name, record = found
-    path = folder.files.where(name)
+    record, path = found.record, folder.files.where(found.name)
     before, now = record["identity"], plan.identity
     if different := sorted(key for key in {*before, *now} if before.get(key) != now.get(key)):
         lines = [f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now" for key in different]
@@ -51,4 +49,4 @@ def find_checkpoint(
         steps = plan.aligned.steps if plan.aligned else 0
         if fine_tuned > steps:
             raise RequestError(f"fine_tune.steps: {path} has {fine_tuned} of them, more than {steps}")
-    return name, record
+    return found

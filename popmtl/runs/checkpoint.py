@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -151,30 +151,28 @@ def whole(folder: RunFolder, checkpoint: str, *, contents: bool = True) -> tuple
     return [listed[name] for name in names[1:]], record
 
 
-def files_of(folder: RunFolder, checkpoint: str) -> list[WrittenFile]:
-    """The subproblems' files of a checkpoint whose manifest and record are `whole`, in their order.
+class Whole(NamedTuple):
+    """A checkpoint that is whole: its name, its record, and the subproblems' files in their order."""
 
-    Raises:
-        CheckpointDamaged: they are not.
-    """
-    return whole(folder, checkpoint, contents=False)[0]
+    name: str
+    record: dict[str, Any]
+    files: list[WrittenFile]
 
 
-def _last(folder: RunFolder, contents: bool) -> tuple[tuple[str, dict[str, Any]] | None, dict[str, str]]:
+def _last(folder: RunFolder, contents: bool) -> tuple[Whole | None, dict[str, str]]:
     """The latest whole checkpoint, and what is wrong with those that are passed over for it."""
     passed_over: dict[str, str] = {}
     for checkpoint in checkpoints(folder):
         try:
-            return (checkpoint, whole(folder, checkpoint, contents=contents)[1]), passed_over
+            files, record = whole(folder, checkpoint, contents=contents)
+            return Whole(checkpoint, record, files), passed_over
         except CheckpointDamaged as error:  # noqa: PERF203  # seldom
             passed_over[checkpoint] = str(error)
     return None, passed_over
 
 
-def last_of_run(
-    folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True
-) -> tuple[str, dict[str, Any]] | None:
-    """The latest whole checkpoint and its record; None for a run that never had one, and may begin again.
+def last_of_run(folder: RunFolder, complain: Callable[[str], None], *, contents: bool = True) -> Whole | None:
+    """The latest whole checkpoint; None for a run that never had one, and may begin again.
 
     What is passed over for another is set aside.
 

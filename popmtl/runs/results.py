@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from popmtl.errors import CheckpointDamaged, RequestError, RunError
-from popmtl.runs.checkpoint import files_of, read_tensors, subproblem_file
+from popmtl.errors import CheckpointDamaged, FileDamaged, RequestError, RunError
+from popmtl.runs.checkpoint import read_tensors, subproblem_file, whole
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
@@ -137,8 +138,8 @@ def load_model(
         The model that the run's problem builds, with the member's weights.
 
     Raises:
-        RequestError: the folder is no run's, or a stranger's, the member has no weights there, or they do not fit the
-            model that the problem builds now.
+        RequestError: the folder is no run's, or a stranger's, the member has no weights there, or damaged ones, or they
+            do not fit the model that the problem builds now.
     """
     # Here and not above: reading a front needs no problem.
     from popmtl.method.flat import Layout
@@ -156,20 +157,17 @@ def load_model(
     file = f"{place}/{model_file(subproblem)}"
     if checkpoint:
         file = f"checkpoints/{checkpoint}/{subproblem_file(subproblem)}"
-    if not folder.files.entry(file):
-        present = sorted(int(number) for number in folder.files.children(f"{place}/models"))
-        if best and not present and checkpoint is None:
+    if checkpoint:
+        state = _checked_state(folder, checkpoint, subproblem)
+    elif folder.files.entry(file):
+        state = _result_state(folder, file)
+    else:
+        present = sorted(int(n) for n in folder.files.children(f"{place}/models") if n.isdecimal())
+        if best and not present:
             raise RequestError(f"{folder.location} {NO_BEST}")
         raise RequestError(
             f"{folder.files.where(place)} has no model of subproblem {subproblem}; it has those of {present}"
-            if checkpoint is None
-            else f"{folder.location} has no checkpoint {checkpoint} of subproblem {subproblem}"
         )
-    if checkpoint:
-        state = _read_checked(folder, f"checkpoints/{checkpoint}", subproblem)
-    else:
-        with folder.fetched(file) as path:
-            state = load_state(path)
     try:
         if checkpoint:
             # What is not trained is in no checkpoint.
@@ -189,12 +187,25 @@ def load_model(
     return model.eval()
 
 
-def _read_checked(folder: RunFolder, checkpoint: str, subproblem: int) -> dict[str, Tensor]:
+def _checked_state(folder: RunFolder, checkpoint: str, subproblem: int) -> dict[str, Tensor]:
     """The tensors of a subproblem in a checkpoint, compared with its manifest."""
+    place = f"checkpoints/{checkpoint}"
     try:
-        return read_tensors(folder, checkpoint, files_of(folder, checkpoint)[subproblem])[0]
+        files = whole(folder, place, contents=False)[0] if folder.files.children(place) else []
+        for file in files:
+            if file.name == subproblem_file(subproblem):
+                return read_tensors(folder, place, file)[0]
     except CheckpointDamaged as error:
-        raise RequestError(str(error)) from error
+        raise FileDamaged(str(error)) from error
+    raise RequestError(f"{folder.location} has no checkpoint {checkpoint} of subproblem {subproblem}")
+
+
+def _result_state(folder: RunFolder, file: str) -> dict[str, Tensor]:
+    try:
+        with folder.fetched(file) as path:
+            return load_state(path)
+    except SafetensorError as error:
+        raise FileDamaged(f"{folder.files.where(file)} is damaged: {error}") from error
 
 
 def _text(cell: str | None) -> str | None:

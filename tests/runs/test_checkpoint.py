@@ -12,7 +12,6 @@ from popmtl.runs.checkpoint import (
     checkpoint_name,
     checkpoints,
     commit,
-    files_of,
     hypervolume_of,
     keep_last,
     last_of_run,
@@ -54,11 +53,11 @@ def found(folder):
 
 def test_what_was_written_comes_back_exactly(folder):
     name = checkpoint_name(200)
-    tensors, numbers = read_tensors(folder, name, files_of(folder, name)[1])
+    tensors, numbers = read_tensors(folder, name, whole(folder, name)[0][1])
     assert torch.equal(tensors["row"], torch.full((5,), 201.0))
     assert numbers == {"step": 200}
-    found, saved = last_of_run(folder, pytest.fail)
-    assert (found, saved["step"]) == (name, 200)
+    found, saved, files = last_of_run(folder, pytest.fail)
+    assert (found, saved["step"], files) == (name, 200, whole(folder, name)[0])
     assert sorted(folder.files.children(name)) == sorted(FILES), "nothing is left beside the files"
 
 
@@ -123,7 +122,7 @@ def test_any_flipped_byte_of_any_file_is_found(folder):
 @pytest.mark.parametrize("harm", [remove, empty, cut, flip])
 def test_who_reads_a_file_finds_its_damage_and_the_checkpoint_can_be_passed_over(folder, harm):
     name = checkpoint_name(200)
-    files = files_of(folder, name)
+    files = whole(folder, name)[0]
     harm(folder, f"{name}/{files[1].name}")
     assert torch.equal(read_tensors(folder, name, files[0])[0]["row"], torch.full((5,), 200.0))
     with pytest.raises(CheckpointDamaged, match=files[1].name):

@@ -259,3 +259,11 @@ def test_load_model_names_what_is_wrong(folder, registry, tmp_path):
         load_model(folder.path, 0, best=True)
     with pytest.raises(RequestError, match=r"does not fit the model of problem 'toy'"):
         load_model(folder.path, 1)
+    file = folder.pareto / "models" / "1" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(RequestError, match=f"{file} is damaged: ") as refused:
+        load_model(folder.path, 1)
+    assert "\n" not in str(refused.value)
+    (file.parent.parent / "notes").mkdir()
+    with pytest.raises(RequestError, match=r"it has those of \[1\]"):
+        load_model(folder.path, 0)
