@@ -441,8 +441,9 @@ def _config_entry(storage: Storage, name: str) -> Entry | None:
 def states(folders: Sequence[RunFolder], complain: Callable[[str], None] = logger.debug) -> list[str]:
     """How runs stand: running, finished, incomplete, failed or interrupted; or lost, if one ended without a word.
 
-    Finished are those of which everything is there, in their folder and in MLflow; incomplete those that have their
-    front, and lack something that comes after it: `popmtl train --resume` brings it.
+    Finished are those of which everything is there, in their folder and in MLflow, but for what a damaged line of the
+    journal held: that is lost, and the event "finished" names the line, as does each `popmtl track`. Incomplete are
+    those that have their front, and lack something that comes after it: `popmtl train --resume` brings it.
 
     Damaged is a run whose files do not tell: one of many must not keep the others from being listed.
 

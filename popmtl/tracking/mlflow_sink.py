@@ -112,7 +112,7 @@ class MlflowSink:
         self._messages: dict[str, None] = {}
         self.closed: Status | None = journal[-1]["status"] if journal and journal[-1]["kind"] == "closing" else None
         for what in self._outbox.lost:
-            self._remember("journal", what)
+            self._remember("journal", f"{what}; what this line held is lost, and not in MLflow")
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._away, self._unkept, self._unsaved = False, False, True
         self._progress = self._saved = time.monotonic()
@@ -210,8 +210,8 @@ class MlflowSink:
 
     @property
     def is_complete(self) -> bool:
-        """Whether MLflow has taken every entry of the journal."""
-        return not len(self._outbox) and not self._outbox.sent.refused
+        """Whether MLflow has taken every entry of the journal that can be read; `close` names those that cannot."""
+        return not len(self._outbox) and not self._outbox.refused
 
     @property
     def location(self) -> Location | None:

@@ -41,7 +41,7 @@ class Sent:
     Attributes:
         place: the tracking URI, the experiment and the run given as the parent; what was sent elsewhere does not count.
         count: entries that are done with, from the journal's first.
-        refused: numbers of those among them that MLflow did not take.
+        refused: numbers of those among them that MLflow did not take, or that were damaged when they were to be sent.
         experiment_id: of the parent run.
         parent: id of the run that stands for the population.
         members: ids of the members' runs, by subproblem.
@@ -64,7 +64,7 @@ class Outbox:
 
     Attributes:
         sent: what is in MLflow; the taking thread's own.
-        lost: what is wrong with each line of the journal that would be sent now, and is damaged.
+        lost: what is wrong with each line of the journal that is damaged, and was before it was sent.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class Outbox:
         self.sent.count = min(self.sent.count, len(journal))
         refused = set(self.sent.refused)
         left = [(n, e) for n, e in enumerate(journal) if n >= self.sent.count or n in refused]
-        self.lost = few([entry["what"] for _, entry in left if entry["kind"] == DAMAGED])
+        self._damaged = {n: entry["what"] for n, entry in left if entry["kind"] == DAMAGED}
+        self.lost = few(list(self._damaged.values()))
+        self.sent.refused = sorted(refused | {*self._damaged})
         self._waiting = deque((n, entry) for n, entry in left if entry["kind"] != DAMAGED)
         self._total = len(journal)
         self._keys = {entry["key"] for entry in journal if "key" in entry}
@@ -93,6 +95,11 @@ class Outbox:
     def __len__(self) -> int:
         """How many entries are to be sent."""
         return len(self._waiting)
+
+    @property
+    def refused(self) -> list[int]:
+        """The numbers of the entries that MLflow did not take; those that are `lost` it was never given."""
+        return [number for number in self.sent.refused if number not in self._damaged]
 
     def add(self, kind: str, content: Mapping[str, Any], key: str | None = None) -> None:
         """Adds an entry to the journal; one whose key is there already is left out."""

@@ -264,7 +264,12 @@ def test_a_damaged_line_of_the_journal_keeps_its_number(run):
     assert [entry["kind"] for entry in sent] == ["evaluation", "closing"]
     outbox.save()
     again = Outbox(run, read_journal(run), PLACE)
-    assert (again.next(0), again.lost) == ([], [])
+    assert (again.next(0), again.lost, again.refused) == ([], outbox.lost, []), "it is not forgotten"
+    run.write(JOURNAL, b"".join(lines))
+    mended = Outbox(run, read_journal(run), PLACE)
+    assert ([entry["step"] for entry in mended.next(0)], mended.lost) == ([10], [])
+    mended.done()
+    assert (mended.next(0), mended.sent.refused) == ([], [])
 
 
 def test_a_run_that_mlflow_cannot_be_told_to_know_is_not_begun_there_again(run):

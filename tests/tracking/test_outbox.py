@@ -239,6 +239,44 @@ def test_what_is_left_is_sent_by_popmtl_track(server, tmp_path, monkeypatch, cap
     assert f"/runs/{parent.info.run_id}?" in capsys.readouterr().out
 
 
+def test_what_a_damaged_line_held_is_named_whenever_the_run_is_brought_to_its_end(tmp_path, monkeypatch, capsys):
+    uri, sent = "http://127.0.0.1:9", []
+
+    class Taking(mlflow_sender.Sender):
+        def send(self, entries):
+            self._sent.parent, self._sent.experiment_id = "parent", "1"
+            sent.extend(entries)
+
+    monkeypatch.setattr(mlflow_sender, "Sender", Taking)
+    monkeypatch.setattr(mlflow_sink, "SEND_SECONDS", 0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    folder = make_folder(tmp_path)
+    sink = open_sink(folder, uri)
+    settle(sink)
+    sink._abandoned.set()  # as if killed before it sent the next ones
+    sink._outbox.wake()
+    sink._thread.join()
+    for step in (10, 20):
+        sink.log_evaluation(step, step / 100, 2, LOSSES[step - 1])
+    whole = folder.read(JOURNAL)
+    folder.write(JOURNAL, whole.replace(b'"step": 10', b'"step": '))
+    number = whole[: whole.index(b'"step": 10')].count(b"\n") + 1
+    says = f"{folder.path}/{JOURNAL}, line {number}: it is not JSON"
+    for _ in range(3):
+        assert main(["track", str(folder.path)]) == 0
+        err = capsys.readouterr().err
+        assert says in err
+        assert "what this line held is lost, and not in MLflow" in err
+        assert folder.state() == "finished"
+    (end,) = [event for event in folder.events() if event["kind"] == "finished"]
+    assert says in end["tracking"][0]
+    assert [entry["step"] for entry in sent if entry["kind"] == "evaluation"] == [20]
+    folder.write(JOURNAL, whole + b"".join(folder.read(JOURNAL).splitlines(keepends=True)[whole.count(b"\n") :]))
+    assert main(["track", str(folder.path)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert sent[-1]["step"] == 10
+
+
 def test_track_of_no_run_and_of_an_untracked_one(tmp_path, capsys):
     assert main(["track", str(tmp_path / "none")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
