@@ -310,7 +310,7 @@ def print_runs(console: Console, folders: Sequence[RunFolder]) -> None:
         except OSError as error:
             damaged.append(f"{folder.location} cannot be read: {said(error)}")
         figure = last.get("hypervolume")
-        shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure else ""
+        shown = f"{Hypervolume(figure, last.get('hypervolume_error')):.5g}" if figure is not None else ""
         table.add_row(folder.name, state, str(last.get("step", "")), shown)
     console.print(table)
     for folder, state in zip(folders, found, strict=True):

@@ -347,10 +347,13 @@ def test_the_runs_of_a_storage_folder_are_listed_with_how_they_stand(earlier, ca
         assert listed() == [["earlier", "running", "10", "0.5"]]
     earlier.append_event("interrupted")
     assert listed() == [["earlier", "interrupted", "10", "0.5"]]
+    earlier.append_metrics({"stage": "mtgd", "step": 20, "hypervolume": 0.0})
     earlier.append_event("resumed")
-    assert listed() == [["earlier", "lost", "10", "0.5"]]
+    assert listed() == [["earlier", "lost", "20", "0"]]
+    earlier.append_metrics({"stage": "mtgd", "step": 30, "hypervolume": None})
+    assert listed() == [["earlier", "lost", "30"]]
     earlier.append_event("finished")
-    assert listed() == [["earlier", "finished", "10", "0.5"]]
+    assert listed() == [["earlier", "finished", "30"]]
     assert main(["runs", "--storage", storage + "/none"]) == BAD_REQUEST
 
 
@@ -380,6 +383,15 @@ def test_checkpoints_are_verified(earlier, capsys):
     out, err = capsys.readouterr()
     assert "step-00000002: set aside: a reason" in out
     assert "1 of 2 checkpoints are damaged" in err
+    set_aside(earlier, checkpoint_name(1), "x" * 10**6)
+    reason = earlier.path / checkpoint_name(2) / "damaged"
+    reason.unlink()
+    reason.symlink_to("/etc/hostname")
+    assert main(["verify", str(earlier.path)]) == FAILED
+    out, err = capsys.readouterr()
+    assert f"step-00000002: set aside: {reason}: leads out of {earlier.path}" in out
+    assert len(out) < 2000
+    assert "2 of 2 checkpoints are damaged" in err
 
 
 @pytest.mark.parametrize("arguments", [["verify"], ["train", "config.yaml", "--dryrun"], ["trian"], []])

@@ -25,10 +25,12 @@ from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.reading import passing_over
 from popmtl.runs.records import Manifest, Record, Versioned, parse
 from popmtl.runs.storage import PART_BYTES, said
-from popmtl.text import printable
+from popmtl.text import cut, printable
 
 VERSION = 4
 MANIFEST, COURSE, DAMAGED = "manifest.json", "course.json", "damaged"
+LONGEST_REASON = 1000
+"""Characters that are shown of why a checkpoint was set aside."""
 
 
 @dataclass(frozen=True)
@@ -220,9 +222,20 @@ def set_aside(folder: RunFolder, checkpoint: str, why: str) -> None:
 
 
 def set_aside_of(folder: RunFolder) -> dict[str, str]:
-    """The checkpoints that were `set_aside`, and why, in the order of their steps."""
-    names = [name for name, files in sorted(_begun(folder).items()) if DAMAGED in files]
-    return {name: printable(folder.bounded(f"{name}/{DAMAGED}").decode(errors="replace").strip()) for name in names}
+    """The checkpoints that were `set_aside`, and why, in the order of their steps.
+
+    Raises:
+        OSError: the storage fails.
+    """
+
+    def reason(name: str) -> str:
+        try:
+            why = folder.bounded(f"{name}/{DAMAGED}").decode(errors="replace").strip()
+        except RequestError as error:  # it is set aside all the same
+            why = str(error)
+        return cut(printable(why), LONGEST_REASON)
+
+    return {name: reason(name) for name, files in sorted(_begun(folder).items()) if DAMAGED in files}
 
 
 def keep_last(folder: RunFolder, count: int, *, best: bool = False) -> None:
