@@ -328,7 +328,7 @@ class RemoteStorage(Storage):
                 content = content[: content.rfind(b"\n") + 1]
                 self._write(name, content)
             self.appended[name] = content
-        if self.puts_whole:
+        if self.puts_whole:  # all of it, every time: README says what that costs
             content = self.appended[name] + lines
             self._write(name, content)
             self.appended[name] = content
