@@ -91,9 +91,11 @@ def test_a_run_that_lost_its_config_is_resumed_with_the_same_config_only(config,
     front = (path / "pareto" / "front.json").read_bytes()
     shutil.rmtree(path / "pareto")
     (path / "config.yaml").unlink()
-    assert main(["train", config(), "--resume", str(path), "seed=3"]) == BAD_REQUEST
+    assert main(["train", config(), "--resume", str(path)]) == BAD_REQUEST
+    assert "has no config.yaml, so that nothing tells whose run it is: give --trust" in capsys.readouterr().err
+    assert main(["train", config(), "--resume", str(path), "--trust", "seed=3"]) == BAD_REQUEST
     assert "seed: 0 in the checkpoint, 3 now" in capsys.readouterr().err
-    assert main(["train", config(), "--resume", str(path)]) == OK
+    assert main(["train", config(), "--resume", str(path), "--trust"]) == OK
     assert "goes on from checkpoints/step-00000012" in capsys.readouterr().out
     assert (path / "pareto" / "front.json").read_bytes() == front
 
