@@ -54,6 +54,7 @@ def test_a_full_disk_costs_checkpoints_and_no_lines(ray_of_four, small_disk):
             filler.unlink()
 
     plan = make_plan(Config.model_validate(data), [{**node, "GPU": 0.0} for node in ray_of_four])
+    folder.write_config(plan.config.resolved(), new=True)
     report = driver.run(plan, folder.path, "test", show)
     kinds = [event["kind"] for event in folder.events()]
     assert kinds.index("checkpoint") < kinds.index("checkpoint failed") < len(kinds) - kinds[::-1].index("checkpoint")
