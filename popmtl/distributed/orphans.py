@@ -6,6 +6,7 @@ look for their parent, but one that was being made when the parent was killed ta
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ LOOK_SECONDS = 1.0
 """Between two looks of a forked process for its parent."""
 
 
+@functools.cache  # once a process
 def end_forks_with_their_parents() -> None:
     """Lets every process that this one forks from now on, and those that they fork, end where its parent has."""
     parent = os.getpid()
