@@ -21,7 +21,6 @@ from popmtl.runs.checkpoint import read_tensors, subproblem_file, whole
 from popmtl.runs.explorer import Loading, explorer_page
 from popmtl.runs.folder import METRICS, RunFolder
 from popmtl.runs.front import BEST, LAST, NO_BEST, Front, Split
-from popmtl.runs.picture import draw_front
 from popmtl.runs.records import Volume
 from popmtl.runs.storage import said
 from popmtl.runs.trust import admit
@@ -42,6 +41,8 @@ def write_front(folder: RunFolder, front: Front) -> None:
     Raises:
         RunError: a file cannot be written.
     """
+    from popmtl.runs.picture import draw_front  # matplotlib takes most of a second to import
+
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(_table(front))
     write_result(folder, f"{front.place}/front.csv", table.getvalue().encode())
