@@ -295,7 +295,7 @@ def test_it_trains_as_by_plain_torch_in_float32(kind):
 REST = [case for case in FULL if case not in EVERYDAY]
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_it_trains_as_by_plain_torch_in_every_combination(kind):
