@@ -131,10 +131,10 @@ class FineTuning:
             self.block.layout.check_bound(model, row)
         return losses.double().cpu().numpy(), measured
 
-    def step(self, t: int, measured: NDArray[np.float64]) -> Tensor:
+    def step(self, t: int, measured: NDArray[np.float64] | None = None) -> Tensor:
         """One aligned step of every row; returns the losses, shape (k, m).
 
-        Writes each row's measures of stability to `measured`, (k, 3), but of rows that are out.
+        Writes each row's measures of stability to `measured`, (k, 3), where it is given, but of rows that are out.
         """
         block, n = self.block, self.recipe.accumulate
         losses = torch.full_like(block.weights, math.nan)
@@ -152,8 +152,10 @@ class FineTuning:
                     block.leave(i, t, str(error))
                     block.gradient_rows.leave_out(i)
                 else:
-                    measured[i] = aligned.condition, aligned.cosine, aligned.magnitude_similarity
-                    self.stability[i].add(measured[i].tolist())
+                    taken = (aligned.condition, aligned.cosine, aligned.magnitude_similarity)
+                    self.stability[i].add(taken)
+                    if measured is not None:
+                        measured[i] = taken
             for _ in batches:  # a row that leaves draws as many as the others
                 pass
         (bucket,) = self.optimizers.buckets

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from popmtl.method.aligned_mtl import align
 from popmtl.method.buckets import leaves_parameters_alone
 from popmtl.method.curves import GRADIENT_NORM, LEARNING_RATE
-from popmtl.method.fine_tuning import STABILITY, AlignedRecipe, FineTuning
+from popmtl.method.fine_tuning import AlignedRecipe, FineTuning
 from popmtl.method.flat import Layout
 from popmtl.method.gradients import LOOKED_AT, find_shared, gradients_of, nudged
 from popmtl.method.measured import check_names
@@ -759,7 +759,7 @@ class _Rehearsing:
         before = block.rows.clone()
         for draws in self.draws:
             draws.clear()
-        losses = stage.step(STEPS, np.empty((len(block.models), len(STABILITY))))
+        losses = stage.step(STEPS)
         if any(block.out) or aligned.variant == "ub":
             return
         columns = self.layout.columns(set(self.recipe.shared or ()))
