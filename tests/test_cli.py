@@ -623,6 +623,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_a_run_joins_a_cluster_brings_its_problem_and_leaves_the_cluster_running(shell):
     # In a process of its own: whether Ray asks for a token depends on what its process did before.
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

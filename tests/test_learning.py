@@ -45,6 +45,7 @@ def test_transfer_gains_where_the_data_is_noisy(batch):
     assert ends[0] > ends[1] + 0.3
 
 
+@pytest.mark.slow
 def test_multimnist_is_learned_from_real_images(shared_data):
     folder = shared_data / "mnist"
     if not folder.is_dir():

@@ -28,6 +28,7 @@ def popmtl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_the_example_of_a_problem_is_short_and_trains(tmp_path):
     source = block("python", "class ClassifyAndReconstruct")
     assert len(source.splitlines()) < 40

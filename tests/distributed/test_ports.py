@@ -39,7 +39,10 @@ def test_a_socket_at_every_address_is_seen(address):
         assert [one for one in outside(listening()) if one.endswith(f"at {address}")]
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "collective", "coordinator"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("shared_memory", "coordinator")]
+
+
+@pytest.mark.parametrize("transport", ["collective", *SLOW])
 def test_a_local_run_listens_on_loopback_only(run, transport):
     seen = []
 

@@ -229,7 +229,7 @@ def boxes(m, n, shape, seed):
     return F
 
 
-@pytest.mark.parametrize("work", [1, 30])
+@pytest.mark.parametrize("work", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_estimates_are_as_close_to_the_exact_values_as_they_say(work, monkeypatch):
     # Fewer samples: quicker, and no less honest.
     monkeypatch.setattr(front, "WORK", front.WORK / 300 * work)

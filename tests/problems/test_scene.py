@@ -408,7 +408,8 @@ def test_batchnorm_trains_under_transfer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "variant"), [("segnet", "exact"), ("segnet", "ub"), ("mtan", "exact"), ("pspnet", "ub")]
+    ("model", "variant"),
+    [("segnet", "exact"), ("segnet", "ub"), pytest.param("mtan", "exact", marks=pytest.mark.slow), ("pspnet", "ub")],
 )
 def test_every_model_goes_through_both_stages(nyuv2, model, variant):
     plan = plan_of(
@@ -437,7 +438,7 @@ def test_a_plan_evaluates_one_batch(tmp_path, monkeypatch):
     assert {tuple(found) for found in sizes} == {(2,)}
 
 
-@pytest.mark.parametrize("instance", [False, True])
+@pytest.mark.parametrize("instance", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_config_of_cityscapes_is_a_plan(cityscapes, instance):
     overrides = [f"problem.path={cityscapes}", "problem.validation=0.34", "problem.width=4", "problem.batch_size=2"]
     overrides += [f"problem.instance={str(instance).lower()}", "population.subproblems=3"]

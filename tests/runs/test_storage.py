@@ -134,6 +134,7 @@ with RunFolder(sys.argv[1]).held():
 """
 
 
+@pytest.mark.slow
 def test_a_lease_is_respected_while_its_process_lives_and_goes_with_it(s3, monkeypatch):
     monkeypatch.setattr(lease, "WAIT_SECONDS", 3.0)
     folder, done = RunFolder.create(s3, "run"), RunFolder.create(s3, "done")

@@ -70,6 +70,7 @@ def outputs(place, params, tmp_path):
         return [arrays[f"arr_{i}"] for i in range(len(params))]
 
 
+@pytest.mark.slow
 def test_members_load_with_their_requirements_alone(front, tmp_path):
     for i in (0, 2):
         (got,) = outputs(front.places[f"member-00{i}"], [None], tmp_path)
@@ -115,6 +116,7 @@ def ask(port, body):
         return np.array(json.load(answer)["predictions"])
 
 
+@pytest.mark.slow
 def test_the_picker_answers_over_http(front, tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "--port", str(port)]
