@@ -211,6 +211,7 @@ def test_a_locked_database(tmp_path, database, caplog):
 @pytest.mark.slow
 def test_what_is_left_is_sent_by_popmtl_track(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mlflow_sink, "AWAY_SECONDS", 2.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # or the folder's word for it would not do
     folder = make_folder(tmp_path)
     sink = open_sink(folder, server.uri)
     train(sink, 0, STEPS)
