@@ -31,7 +31,7 @@ def look_in(*folders: str, before: bool = False) -> None:
         current = ""
     place = 0 if before else len(_folders)
     for folder in [os.path.abspath(folder) if folder else current for folder in folders if folder or current]:
-        if not os.path.isdir(folder):
+        if not os.path.exists(folder):  # or an archive
             continue
         if folder == current != ours:
             sys.path[:] = [entry for entry in sys.path if entry not in (folder, "")]
@@ -77,6 +77,19 @@ def located(module: str) -> str | None:
     except (ImportError, ValueError):  # an empty name, or a module that was put together by hand
         return None
     return spec.origin if spec and spec.has_location else None
+
+
+def content(module: str, file: str) -> bytes | None:
+    """What is in a module's file, which may be in an archive; None where it cannot be read."""
+    import zipimport
+
+    try:
+        if os.path.isfile(file):
+            with open(file, "rb") as stream:
+                return stream.read()
+        return zipimport.zipimporter(root_of(module, file)).get_data(file)
+    except (OSError, zipimport.ZipImportError):
+        return None
 
 
 def passed_over(module: str) -> str | None:

@@ -546,7 +546,7 @@ class Origin(BaseModel):
 
     Attributes:
         file: the file that the problem's module was in; None of a built-in one.
-        sha256: of its content; None where it is no file of its own, as in an archive.
+        sha256: of its content; None where it could not be read.
         servers: tracking URIs that the user named, or that follow from the storage; without credentials.
         parents: runs of MLflow that the user named as the parent.
     """

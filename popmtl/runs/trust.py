@@ -72,7 +72,7 @@ def sign(folder: RunFolder, config: Mapping[str, Any], content: bytes) -> None:
     name = str(config.get("problem", {}).get("name", ""))
     module, colon, _ = name.partition(":")
     file = modules.located(module) if colon else None
-    source = Path(file).read_bytes() if file and os.path.isfile(file) else None  # it may be part of an archive
+    source = modules.content(module, file) if file else None
     named = [config.get("tracking", {}).get("uri"), os.environ.get(URI)]
     if folder.files.path:
         named.append(default_database(folder))
@@ -127,7 +127,7 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
     """
     origin = origin_of(folder)
     module, colon, _ = name.partition(":")
-    if origin and origin.file and os.path.isfile(origin.file):
+    if origin and origin.file and modules.content(module, origin.file) is not None:
         modules.look_in(modules.root_of(module, origin.file), before=True)
     file = modules.located(module) if colon else None
     runs = f"runs {name} of {file or 'a module that is not here'}" if colon else f"builds {name} as the run says"
@@ -144,14 +144,16 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
         return []
     recorded = origin.file if origin else None
     if file is None:
-        made = f"; the run's was {recorded}, of which {folder.files.where(_copy(module))} is a copy" if recorded else ""
+        made = f"; the run's was {recorded}" if recorded else ""
+        if recorded and folder.files.entry(_copy(module)):
+            made += f", of which {folder.files.where(_copy(module))} is a copy"
         raise RequestError(f"problem {name}: there is no module {module!r} on Python's path{made}")
     if not others:
         say(runs)
-    if origin and recorded and origin.sha256 and _digest(file) != origin.sha256:
-        copy = folder.files.where(_copy(module))
+    if origin and recorded and (origin.sha256 is None or _digest(module, file) != origin.sha256):
         if os.path.realpath(file) == os.path.realpath(recorded):
-            return [f"{file} has changed since the run was made; {copy} is as it was"]
+            copy = folder.files.where(_copy(module))
+            return [f"{file} has changed since the run was made; {copy} is as it was"] if origin.sha256 else []
         if not trust:
             raise RequestError(f"problem {name}: {file} is not the {recorded} that the run was made with: give {flag}")
     return []
@@ -230,8 +232,9 @@ def _copy(module: str) -> str:
     return f"problem/{module}.py"
 
 
-def _digest(file: str) -> str | None:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if os.path.isfile(file) else None
+def _digest(module: str, file: str) -> str | None:
+    content = modules.content(module, file)
+    return None if content is None else hashlib.sha256(content).hexdigest()
 
 
 def _hmac(key: bytes, config: bytes, origin: Origin) -> str:

@@ -554,15 +554,53 @@ def test_an_origin_that_is_none_is_a_strangers(run, refused, what):
     assert "names the tracking server" in refused("track", run.path)
 
 
-def test_a_problem_in_an_archive_has_no_copy_of_its_source(tmp_path, monkeypatch):
+@pytest.fixture
+def zipped(tmp_path, monkeypatch):
+    """A finished run of a problem in an archive that is no longer on the path, and the module's file in it."""
+    file = problem_module(tmp_path / "project", "zipped_problem")
     with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
-        archive.writestr("zipped_problem.py", "")
-    monkeypatch.syspath_prepend(str(tmp_path / "own.zip"))
+        archive.write(file, "zipped_problem.py")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path / "own.zip"))
+        folder = own_run(tmp_path / "runs", "zipped_problem")
+    yield folder, tmp_path / "own.zip" / "zipped_problem.py", file
+    sys.modules.pop("zipped_problem", None)
+
+
+def test_a_problem_in_an_archive_is_found_there_and_its_source_is_kept(zipped):
+    folder, inside, file = zipped
+    assert origin_of(folder).file == str(inside)
+    assert (folder.path / "problem" / "zipped_problem.py").read_bytes() == file.read_bytes()
+    assert load_model(folder.path, 1)
+    assert sys.modules["zipped_problem"].__file__ == str(inside)
+
+
+def test_another_module_is_not_taken_for_one_in_an_archive(zipped, tmp_path, monkeypatch):
+    folder, inside, _ = zipped
+    (tmp_path / "own.zip").unlink()
+    with pytest.raises(RequestError, match=rf"the run's was {inside}, of which .* is a copy"):
+        load_model(folder.path, 0)
+    other = problem_module(tmp_path / "other", "zipped_problem", body=f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(other.parent)
+    with pytest.raises(RequestError, match=rf"{other} is not the {inside} that the run was made with"):
+        load_model(folder.path, 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_module_that_could_not_be_read_is_known_by_its_place_alone(tmp_path, monkeypatch):
+    file = problem_module(tmp_path / "project", "own_problem_k")
+    monkeypatch.syspath_prepend(file.parent)
     folder = RunFolder.create(tmp_path / "runs", "run")
-    folder.write_config({"problem": {"name": "zipped_problem:P"}}, new=True)
-    assert origin_of(folder).file == str(tmp_path / "own.zip" / "zipped_problem.py")
-    assert origin_of(folder).sha256 is None
-    assert admit(folder, "zipped_problem:P", False, "--trust", lambda what: None) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(modules, "content", lambda module, file: None)
+        folder.write_config({"problem": {"name": "own_problem_k:Mine"}}, new=True)
+    assert admit(folder, "own_problem_k:Mine", False, "--trust", lambda what: None) == []
+    file.unlink()
+    with pytest.raises(RequestError, match=r"no module 'own_problem_k' on Python's path; the run's was [^,]*$"):
+        admit(folder, "own_problem_k:Mine", False, "--trust", lambda what: None)
+    monkeypatch.syspath_prepend(problem_module(tmp_path / "other", "own_problem_k").parent)
+    with pytest.raises(RequestError, match="is not the"):
+        admit(folder, "own_problem_k:Mine", False, "--trust", lambda what: None)
 
 
 def test_the_module_is_not_imported_before_the_user_trusts(run, tmp_path, monkeypatch):
