@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popmtl import modules
-from popmtl.errors import FileDamaged, RequestError
+from popmtl.errors import RequestError
 from popmtl.runs.records import Origin, OriginFile
+from popmtl.text import LONGEST_SHOWN, cut
 from popmtl.yaml_files import MOST_BYTES
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ SQLITE = "sqlite:///"
 URI, PARENT = "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"
 
 KEY_BYTES = 32
+
+SAID = 5
+"""So many classes that a config names are said."""
 
 BESIDE = ("mlflow.db", "mlflow.db-journal", "mlflow.db-shm", "mlflow.db-wal", ".mlflow.db.lock", "mlartifacts")
 """What is written to, in the storage, when a run is sent to the database there."""
@@ -102,7 +106,7 @@ def origin_of(folder: RunFolder) -> Origin | None:
     try:
         record: OriginFile = folder.record(ORIGIN, OriginFile)
         content = folder.bounded("config.yaml", MOST_BYTES)
-    except (FileNotFoundError, NotADirectoryError, FileDamaged):
+    except (OSError, RequestError):  # whatever it is that cannot be read, it is no signature
         return None
     wanted = _hmac(key, content, record.origin)
     return record.origin if any(hmac.compare_digest(wanted.encode(), one.encode()) for one in record.hmac) else None
@@ -130,7 +134,8 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
     if origin and origin.file and modules.content(module, origin.file) is not None:
         modules.look_in(modules.root_of(module, origin.file), before=True)
     file = modules.located(module) if colon else None
-    runs = f"runs {name} of {file or 'a module that is not here'}" if colon else f"builds {name} as the run says"
+    short = cut(name, LONGEST_SHOWN)
+    runs = f"runs {short} of {_place(name)}" if colon else f"builds {short} as the run says"
     if others := _code_beside_the_problem(folder.config()):
         runs += f", and {' and '.join(others)}"
     if origin is None and not trust:
@@ -166,19 +171,20 @@ def problem_of(config: Mapping[str, Any]) -> str:
 
 
 def _code_beside_the_problem(config: Mapping[str, Any]) -> list[str]:
-    """The classes that a config names as `package.module:Class`, but for the problem's, such as an optimizer's."""
+    """What a config has imported beside its problem, such as an optimizer (see `components`), and from which files."""
     found: dict[str, None] = {}
 
     def look(value: Any) -> None:
         if isinstance(value, Mapping):
             name = value.get("name")
-            if isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+            if isinstance(name, str) and ":" in name:  # whatever follows it, the module is imported
                 found[name] = None
         for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
             look(item)
 
     look({key: value for key, value in config.items() if key != "problem"})
-    return list(found)
+    named = [f"{cut(name, LONGEST_SHOWN)} of {_place(name)}" for name in list(found)[:SAID]]
+    return named + ([f"{len(found) - SAID} more"] if len(found) > SAID else [])
 
 
 def check_tracking(folder: RunFolder, opening: Mapping[str, Any], trust: bool, named: str | None = None) -> None:
@@ -226,6 +232,11 @@ def default_database(folder: RunFolder) -> str:
 
 def _is_link(folder: RunFolder, name: str) -> bool:
     return (folder.storage.resolve() / name).is_symlink()
+
+
+def _place(name: str) -> str:
+    """The file that `module:Class` is in."""
+    return modules.located(name.partition(":")[0]) or "a module that is not here"
 
 
 def _copy(module: str) -> str:

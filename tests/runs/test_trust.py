@@ -1,5 +1,6 @@
 """A run's folder may be anyone's: what it can have no command read, write, run or send."""
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tracked_problems import TwoHeadsModel
 
 from popmtl import modules
 from popmtl.cli import BAD_REQUEST, FAILED, OK, main
+from popmtl.config import validated
 from popmtl.errors import RequestError
 from popmtl.problems.registry import load_problem
 from popmtl.runs.folder import LOCK, RunFolder, runs_in, states
@@ -504,10 +506,34 @@ def test_no_module_of_an_optimizer_is_imported_before_the_user_trusts(run, tmp_p
         run.append_event("incomplete")
     says = refused("train", "--resume", run.path, *(["train.steps=9"] if ended else []))
     assert "give --trust if you trust who did" in says
-    assert "and evil_optimizer:Opt" in says
+    assert f"and evil_optimizer:Opt of {tmp_path}/evil_optimizer.py: give" in says
     assert not ran.exists()
     main(["train", "--resume", str(run.path), "--trust", "train.steps=9"])
     assert ran.exists()
+
+
+@pytest.mark.parametrize("name", ["evil_a:", "evil_b:Opt-x", "evil_c:a.b:c"])
+def test_every_module_that_a_config_has_imported_is_named(run, tmp_path, name):
+    ran, module = tmp_path / "ran", name.partition(":")[0]
+    (tmp_path / f"{module}.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    modules.look_in(str(tmp_path))
+    config = run.config() | {"train": {"optimizer": {"groups": [{"match": "*", "name": name}]}}}
+    run.write("config.yaml", yaml.safe_dump(config).encode())
+    with pytest.raises(RequestError, match=f"and {name} of {tmp_path}/{module}.py: give --trust"):
+        admit(run, "vlmop2", False, "--trust", print)
+    assert not ran.exists()
+    with pytest.raises(RequestError, match=f"{module} has no torch.optim.Optimizer"):
+        validated(config, "config.yaml")
+    assert ran.exists(), "it is imported, though there is no such class"
+
+
+def test_a_config_that_names_many_modules_is_refused_in_one_short_line(run):
+    groups = [{"match": "*", "name": f"evil{i}.{'x' * 200}:Opt"} for i in range(500)]
+    config = {"problem": {"name": "x" * 10_000 + ":P"}, "train": {"optimizer": {"groups": groups}}}
+    run.write("config.yaml", yaml.safe_dump(config).encode())
+    with pytest.raises(RequestError, match="and 495 more: give --trust") as refused:
+        admit(run, config["problem"]["name"], False, "--trust", print)
+    assert len(str(refused.value)) < 2000
 
 
 def test_a_folder_without_a_config_is_nobodys(run, refused, recorder, tmp_path):
@@ -538,11 +564,13 @@ def test_a_strangers_cursor_names_no_run(run, monkeypatch):
     assert (sent.parent, sent.members, sent.count) == (None, {}, 0)
 
 
-@pytest.mark.parametrize("what", ["a folder", "no end", "a pipe", "deep", "of another kind"])
-def test_an_origin_that_is_none_is_a_strangers(run, refused, what):
+@pytest.mark.parametrize("what", ["a folder", "no end", "a pipe", "a link to itself", "a link", "deep", "another kind"])
+def test_an_origin_that_is_none_is_a_strangers(run, refused, what, secret):
     path = stranger(run).path / ORIGIN
     if what == "a folder":
         path.mkdir()
+    elif what.startswith("a link"):
+        path.symlink_to(path if what == "a link to itself" else secret)
     elif what == "no end":
         with path.open("wb") as file:
             file.truncate(2**34)
@@ -551,7 +579,22 @@ def test_an_origin_that_is_none_is_a_strangers(run, refused, what):
     else:
         path.write_text("[" * 100_000 if what == "deep" else '{"origin": {"servers": 1}, "hmac": ["x"]}')
     journal(run, uri="http://127.0.0.1:9")
-    assert "names the tracking server" in refused("track", run.path)
+    for command in ("track", "ui"):
+        assert "names the tracking server" in refused(command, run.path)
+
+
+def test_an_origin_that_may_not_be_read_is_a_strangers(run, refused, monkeypatch):
+    opened = LocalStorage.open
+
+    def denied(files, name):
+        if name == ORIGIN:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(files, name)
+
+    monkeypatch.setattr(LocalStorage, "open", denied)
+    journal(run, uri="http://127.0.0.1:9")
+    for command in ("track", "ui"):
+        assert "names the tracking server" in refused(command, run.path)
 
 
 @pytest.fixture
