@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the terminal's encoding lacks a character
     try:
+        if options.call is not runs:
+            _check_current_folder()
         # The user's own problem lies beside the config, or where the command is given.
         modules.look_in(*([os.path.dirname(options.config)] if getattr(options, "config", None) else []), "")
         code: int | None = options.call(options)
@@ -63,6 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("popmtl: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code or OK
+
+
+def _check_current_folder() -> None:
+    """Neither torch nor Ray can do without it, and a path may be relative to it.
+
+    Raises:
+        RequestError: it was removed.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise RequestError("the current folder is gone: it was removed; go to another") from error
 
 
 def train(options: argparse.Namespace) -> None:
@@ -600,8 +614,9 @@ def track(options: argparse.Namespace) -> None:
 
     folder = RunFolder(options.run)
     folder.config()
-    _complete_baseline(folder, options.trust)
-    _completed(folder, options.trust, asked=True)
+    with _reading(options.run):
+        _complete_baseline(folder, options.trust)
+        _completed(folder, options.trust, asked=True)
 
 
 def ui(options: argparse.Namespace) -> None:
@@ -616,7 +631,8 @@ def ui(options: argparse.Namespace) -> None:
     if options.run:
         folder = RunFolder(options.run)
         folder.config()
-        location = location_of(folder, trust=options.trust)
+        with _reading(options.run):
+            location = location_of(folder, trust=options.trust)
         if location is None:
             raise RequestError(f"{folder.location}: MLflow has nothing of this run yet; popmtl track sends it")
         if is_served(location.uri):

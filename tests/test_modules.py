@@ -199,12 +199,18 @@ def test_the_current_folder_leaves_the_path_and_comes_back_last(tmp_path, monkey
     assert sys.path == ["lib", *(str(tmp_path / name) for name in ("b", "a")), str(tmp_path)]
 
 
-def test_a_current_folder_that_was_removed_is_none(tmp_path, monkeypatch):
+def test_a_current_folder_that_was_removed_is_none(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert main(["runs", "--storage", str(tmp_path / "runs")]) == OK
+    for command in ("runs", "front x", "verify x", "track x", "ui", "train sub/c.yaml", "submit c.yaml", "compare x y"):
+        capsys.readouterr()
+        assert main(command.split()) == BAD_REQUEST
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "current folder is gone" in err or command == "runs"
 
 
 def test_what_only_reads_imports_nothing_from_the_current_folder(tmp_path):

@@ -20,7 +20,7 @@ from popmtl.runs.files import to_json
 from popmtl.runs.folder import RunFolder
 from popmtl.runs.front import Front, Member
 from popmtl.runs.storage import URL, said
-from popmtl.runs.trust import admit
+from popmtl.runs.trust import admit, settings_of
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import nn
@@ -68,7 +68,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir()) or target == Path.cwd()):
         raise RequestError(f"--export {directory}: is there already; give a new folder, or an empty one")
     folder.files.check(f"{front.place}/{choice.member.model}")
-    changes = admit(folder, str(folder.config()["problem"]["name"]), trust, "--trust", say)
+    changes = admit(folder, settings_of(folder)["problem"]["name"], trust, "--trust", say)
     model = _loaded(folder, front, choice.member)
     beside = target.with_name(f".{target.name}.{uuid4().hex}.part")
     try:

@@ -538,6 +538,32 @@ class RowNumbers(TypedDict):
     buffers: list[str]
 
 
+# config.yaml, as far as commands go by it that check no more: a whole check imports an optimizer
+
+
+@with_config(OPEN)
+class ProblemSettings(TypedDict):
+    """The problem; other keys are its parameters."""
+
+    name: str
+
+
+@with_config(OPEN)
+class TrackingSettings(TypedDict):
+    """What MLflow is to get."""
+
+    enabled: NotRequired[bool]
+    models: NotRequired[Literal["front", "all", "none"]]
+
+
+@with_config(OPEN)
+class Settings(TypedDict):
+    """The config of a run."""
+
+    problem: ProblemSettings
+    tracking: NotRequired[TrackingSettings]
+
+
 # origin.json
 
 

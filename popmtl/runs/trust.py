@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from popmtl import modules
-from popmtl.errors import RequestError
-from popmtl.runs.records import Origin, OriginFile
+from popmtl.errors import FileDamaged, RequestError
+from popmtl.runs.records import Origin, OriginFile, Settings, check
 from popmtl.text import LONGEST_SHOWN, cut
 from popmtl.yaml_files import MOST_BYTES
 
@@ -162,6 +162,21 @@ def admit(folder: RunFolder, name: str, trust: bool, flag: str, say: Callable[[s
         if not trust:
             raise RequestError(f"problem {name}: {file} is not the {recorded} that the run was made with: give {flag}")
     return []
+
+
+def settings_of(folder: RunFolder) -> dict[str, Any]:
+    """A run's config, with a problem and settings of the tracking that are what they should be; no more is checked.
+
+    Raises:
+        FileDamaged: they are not.
+        RequestError: see `RunFolder.config`.
+    """
+    config = folder.config()
+    try:
+        check(Settings, config)
+    except FileDamaged as error:
+        raise FileDamaged(f"{folder.files.where('config.yaml')} is damaged: {error}") from None
+    return config
 
 
 def problem_of(config: Mapping[str, Any]) -> str:

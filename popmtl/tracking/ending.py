@@ -18,6 +18,7 @@ from popmtl.runs.choice import finished_front
 from popmtl.runs.folder import ENDS, RunFolder
 from popmtl.runs.front import Front
 from popmtl.runs.reading import passing_over
+from popmtl.runs.trust import settings_of
 from popmtl.tracking.links import Location
 from popmtl.tracking.mlflow_sink import MlflowSink, Models
 from popmtl.tracking.outbox import JOURNAL
@@ -64,8 +65,8 @@ def conclude(folder: RunFolder, front: Front, sink: MlflowSink | None, models: M
 
 def is_tracked(folder: RunFolder) -> bool:
     """Whether MLflow is to get what a run ends with."""
-    tracking = folder.config().get("tracking") or {}
-    return bool(tracking.get("enabled", True)) and folder.files.entry(JOURNAL) is not None
+    tracking = settings_of(folder).get("tracking", {})
+    return tracking.get("enabled", True) and folder.files.entry(JOURNAL) is not None
 
 
 def complete_front(folder: RunFolder, sink: MlflowSink | None) -> Ended:
@@ -78,7 +79,7 @@ def complete_front(folder: RunFolder, sink: MlflowSink | None) -> Ended:
     Raises:
         RequestError: its front.json is damaged.
     """
-    models = (folder.config().get("tracking") or {}).get("models", "front")
+    models = settings_of(folder).get("tracking", {}).get("models", "front")
     return conclude(folder, finished_front(folder), sink, models)
 
 

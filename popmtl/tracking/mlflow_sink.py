@@ -44,6 +44,7 @@ from popmtl.runs.trust import (
     check_tracking,
     default_database,
     origin_of,
+    settings_of,
     with_credentials,
     without_credentials,
 )
@@ -194,15 +195,15 @@ class MlflowSink:
         Raises:
             RequestError: the run was never tracked, or the folder is a stranger's, and names what the user did not.
         """
-        journal, opening, config = read_journal(folder), _last_opening(folder), folder.config()
+        journal, opening, config = read_journal(folder), _last_opening(folder), settings_of(folder)
         check_tracking(folder, opening, trust)
         known = trust or origin_of(folder) is not None
         # A stranger's cursor could name runs of this user's; those of the journal are found by their tags.
         sink = cls(folder, journal, opening, 0, known)
-        models = (config.get("tracking") or {}).get("models", "front") != "none"
+        models = config.get("tracking", {}).get("models", "front") != "none"
         to_come = models and folder.has_front() and sink.closed != "FINISHED"
         if to_come or any(entry.get("with_model") or entry["kind"] == "picker" for _, entry in sink._outbox._waiting):
-            for change in admit(folder, str(config["problem"]["name"]), trust, "--trust", say):
+            for change in admit(folder, config["problem"]["name"], trust, "--trust", say):
                 say(f"warning: {change}")
         if not known and folder.files.path and sink.uri == default_database(folder):
             sink._within = folder.storage.resolve()

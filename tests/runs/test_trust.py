@@ -27,7 +27,7 @@ from popmtl.runs.results import load_model, model_file
 from popmtl.runs.storage import LocalStorage, open_storage
 from popmtl.runs.trust import ORIGIN, admit, default_database, origin_of, without_credentials
 from popmtl.tracking.mlflow_sink import MlflowSink
-from popmtl.tracking.outbox import JOURNAL, Outbox, read_journal
+from popmtl.tracking.outbox import CURSOR, JOURNAL, Outbox, read_journal
 from popmtl.tracking.target import Target
 
 SECRET = "what only the user knows"
@@ -547,6 +547,34 @@ def test_a_folder_without_a_config_is_nobodys(run, refused, recorder, tmp_path):
     config.write_text("problem: vlmop2\npopulation: {subproblems: 4}\n")
     assert "nothing tells whose run it is: give --trust" in refused("train", config, "--resume", run.path)
     assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"problem": None}, "problem: input should be a valid dictionary, not None"),
+        ({"problem": "vlmop2"}, "problem: input should be a valid dictionary, not 'vlmop2'"),
+        ({"problem": {"name": 5}}, "problem.name: input should be a valid string, not 5"),
+        ({"problem": {"x": 1}}, "problem.name: field required"),
+        ({"tracking": [1]}, "tracking: input should be a valid dictionary, not a list"),
+        ({"tracking": {"models": [1]}}, "tracking.models: input should be 'front', 'all' or 'none', not a list"),
+    ],
+)
+def test_settings_of_a_stranger_that_are_none_are_one_line(run, refused, tmp_path, settings, says):
+    run.write("config.yaml", yaml.safe_dump(run.config() | settings).encode())
+    journal(run)
+    run.append_event("incomplete")
+    for command in ("track RUN", "track RUN --trust", "train --resume RUN --trust", "pick RUN --knee --export out"):
+        assert f"config.yaml is damaged: {says}" in refused(*command.replace("RUN", str(run.path)).split())
+
+
+@pytest.mark.parametrize("name", [JOURNAL, CURSOR])
+def test_a_link_to_itself_is_one_line(run, refused, name):
+    journal(run)
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(Path(name).name)
+    for command in ("track", "ui"):
+        assert "cannot be read (Too many levels of symbolic links)" in refused(command, run.path)
 
 
 def test_a_strangers_cursor_names_no_run(run, monkeypatch):
