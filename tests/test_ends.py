@@ -266,7 +266,8 @@ def unmount(path):
 
 
 def remove(run):
-    shutil.rmtree(run)
+    while run.exists():  # the run, which writes there, may be in the way
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def rename(run):
