@@ -96,7 +96,7 @@ def test_a_dry_run_takes_no_module_from_the_current_folder(trap, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [False, True])
+@pytest.mark.parametrize("script", [False, pytest.param(True, marks=pytest.mark.endurance)])
 def test_no_command_takes_a_module_from_the_current_folder(trap, tmp_path, script):
     folder, sprung = trap
     run = finished_folder(folder / "runs", "run", [TwoHeadsModel() for _ in range(3)])[0].path

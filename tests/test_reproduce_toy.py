@@ -88,7 +88,7 @@ def test_the_script_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "toy.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_from_the_third_start_aligned_mtl_reaches_the_optimum_and_the_weighted_sum_does_not():
     """As the paper's figure 1, by its own settings."""
     assert script.trajectory("aligned_mtl", 0.5, STARTS[2], 35000, 1e-3, seed=0).outcome == "optimum"

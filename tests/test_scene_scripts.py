@@ -22,7 +22,7 @@ def test_the_table_without_the_data_says_where_to_get_it(tmp_path):
     assert "get the preprocessed NYUv2 from github.com/lorenmt/mtan" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_the_table_has_the_figures_of_each_tasks_own_model(tmp_path):
     write_scenes(tmp_path / "data", train=10, classes=7, val=3)
     out = tmp_path / "table.json"

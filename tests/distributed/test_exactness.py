@@ -88,7 +88,8 @@ def test_a_recipe_of_every_kind_equals_the_reference(run):
     np.testing.assert_allclose(rates, np.repeat(np.array(means)[:, None], 4, 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("fine_tune", [pytest.param({}, marks=SLOW), {"steps": 3}])
+@pytest.mark.slow
+@pytest.mark.parametrize("fine_tune", [{}, {"steps": 3}])
 def test_metrics_of_every_member_are_curves_and_the_front_has_both_splits(run, fine_tune):
     """By the collective transport: its actors are a process group, over which torchmetrics would gather."""
     pytest.importorskip("torchmetrics")

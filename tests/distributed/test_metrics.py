@@ -117,7 +117,7 @@ def test_actors_show_the_run_and_what_they_hold(watched):
     assert all(name.startswith(f"popmtl {RUN} ") for name in named)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_killed_actor_is_a_recovery_and_a_generation(run):
     scrape, killed = Scraper("run-1"), []
 

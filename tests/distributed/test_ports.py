@@ -39,10 +39,8 @@ def test_a_socket_at_every_address_is_seen(address):
         assert [one for one in outside(listening()) if one.endswith(f"at {address}")]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("shared_memory", "coordinator")]
-
-
-@pytest.mark.parametrize("transport", ["collective", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["collective", "shared_memory", "coordinator"])
 def test_a_local_run_listens_on_loopback_only(run, transport):
     seen = []
 

@@ -108,7 +108,9 @@ def test_the_coordinators_death_may_be_seen_before_that_of_ray(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gcs_server", "raylet"])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "starting"])
+@pytest.mark.parametrize(
+    "training", [pytest.param(True, id="training"), pytest.param(False, marks=pytest.mark.endurance, id="starting")]
+)
 def test_a_run_whose_ray_dies_fails_in_one_line(tmp_path, name, training):
     data = digits(2, "shared_memory") | {"tracking": {"enabled": False}}
     data["train"]["steps"] = 100000

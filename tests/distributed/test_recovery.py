@@ -117,7 +117,10 @@ def event(folder, kind):
     return next(event for event in folder.events() if event["kind"] == kind)
 
 
-@pytest.mark.parametrize("transport", [pytest.param("shared_memory", marks=pytest.mark.slow), "collective"])
+@pytest.mark.parametrize(
+    "transport",
+    [pytest.param("shared_memory", marks=pytest.mark.endurance), pytest.param("collective", marks=pytest.mark.slow)],
+)
 def test_a_killed_actor_costs_time_and_nothing_else(run, undisturbed, transport):
     killer = Killer()
     _, folder, report = run(data(transport), killer)

@@ -66,7 +66,7 @@ def test_a_host_that_is_cut_off_does_not_end_the_run():
     assert "then on 10.77.0.1, 10.77.0.1, 10.77.0.2, 10.77.0.2" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_three_nodes_of_one_host_train_together(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -77,7 +77,7 @@ def test_the_best_front_is_that_of_a_run_of_so_many_steps(stopped, population, c
     torch.testing.assert_close(names["model"].state_dict()["left.weight"].to(theirs), theirs)
 
 
-@pytest.mark.parametrize("stage", ["training", "fine-tuning"])
+@pytest.mark.parametrize("stage", ["training", pytest.param("fine-tuning", marks=pytest.mark.slow)])
 def test_a_run_that_was_interrupted_ends_the_same(ray_of_four, stopped, tmp_path, stage):
     _, theirs, _ = stopped
 

@@ -190,7 +190,7 @@ def plain(contents):
     return yaml.safe_load(yaml.safe_dump(contents))
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_full_disk_under_the_tracking_database_loses_no_point(ray_of_four, small_disk, tmp_path):
     train = {"steps": 4000, "evaluate_every": 250}
     reference = RunFolder.create(tmp_path / "runs", "run")
@@ -271,7 +271,7 @@ def disk_with_errors(tmp_path):
     subprocess.run(["losetup", "--detach", loop], check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_a_storage_that_turns_read_only_fails_the_run_at_its_end_and_is_gone_on_from(ray_of_four, disk_with_errors):
     disk, break_it, mend = disk_with_errors
     unhurried = {"name": "toy_problems:TakesItsTime", "after": 60, "seconds": 0.02}
@@ -332,7 +332,7 @@ def poll_gone(found, seconds=20):
     return left
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_commands_leave_no_file_of_ray_and_no_process(tmp_path):
     data = digits(2, "collective") | {"tracking": {"enabled": False}, "fine_tune": {"steps": 0}}
     data["train"] |= {"steps": 20, "evaluate_every": 10}
@@ -427,7 +427,7 @@ def clock(tmp_path, monkeypatch):
     return be_wrong_by
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_clocks_that_jump_change_nothing(tmp_path, clock, monkeypatch):
     data = digits(2, "collective") | {"tracking": TRACKED}
     data["train"] |= {"steps": 400}

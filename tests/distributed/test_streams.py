@@ -106,7 +106,7 @@ def kill_after(folder, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stateful", [True, False])
+@pytest.mark.parametrize("stateful", [True, pytest.param(False, marks=pytest.mark.endurance)])
 def test_a_killed_run_with_a_loader_and_its_workers_ends_bit_for_bit(run, tmp_path, stateful):
     slow = data({"name": "FromLoader", "rows": 202, "workers": 2, "stateful": stateful, "seconds": 0.002})
     _, undisturbed, _ = run(slow)
@@ -121,7 +121,7 @@ def test_a_killed_run_with_a_loader_and_its_workers_ends_bit_for_bit(run, tmp_pa
     assert folder.metrics() == undisturbed.metrics()
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 def test_drawing_again_is_shown_and_may_take_longer_than_the_start(run, resume, tmp_path):
     slow = data({"name": "FromNumbered", "stateful": False, "seconds": 0.02})
     slow["resources"] = {**slow.get("resources", {}), "start_timeout": 20.0}

@@ -21,7 +21,7 @@ from popmtl.tracking.mlflow_sink import MlflowSink
 from popmtl.tracking.views import FRONTS, MEMBERS
 
 NAMES = ["depth", "segmentation", "surface normals", "edges", "key points", "albedo", "shading"]
-SIZES = [(2, 8), *(pytest.param(m, N, marks=pytest.mark.slow) for m, N in [(3, 16), (7, 64)])]
+SIZES = [(2, 8), pytest.param(3, 16, marks=pytest.mark.endurance), pytest.param(7, 64, marks=pytest.mark.slow)]
 # MLflow's page asks for the user of a server that has none.
 NOISE = "users/current"
 
