@@ -117,7 +117,7 @@ class MlflowSink:
         self._closing, self._abandoned = threading.Event(), threading.Event()
         self._away, self._unkept, self._unsaved = False, False, True
         self._progress = self._saved = time.monotonic()
-        self._drawn = {"training losses": self._saved, "stability": self._saved}
+        self._drawn: dict[str, float] = {}
         # A daemon, so that a server that does not answer cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="mlflow-sink", daemon=True)
 
@@ -344,7 +344,9 @@ class MlflowSink:
 
     def _draw(self, kind: str, curves: _Curves, steps: ArrayLike, values: ArrayLike) -> None:
         points = curves.add(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))
-        if not len(points[0]) and time.monotonic() - self._drawn[kind] >= CURVE_SECONDS:
+        now = time.monotonic()
+        # From the first steps on: how long a run takes to start must not decide where its points are.
+        if not len(points[0]) and now - self._drawn.setdefault(kind, now) >= CURVE_SECONDS:
             points = curves.rest()
         self._add_points(kind, points)
 

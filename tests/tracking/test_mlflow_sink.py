@@ -3,6 +3,7 @@
 import shutil
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from popmtl.runs.results import load_state, write_front
 from popmtl.tracking import mlflow_sink, models
 from popmtl.tracking.links import Location, links, where_to_look
 from popmtl.tracking.mlflow_sink import MlflowSink
+from popmtl.tracking.outbox import JOURNAL
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,6 +133,21 @@ def test_training_curves_are_means_over_windows(logged):
     assert [step for step, _ in curve] == [*range(3, 700, 3), 700]
     assert curve[0][1] == pytest.approx(logged.losses[:3, 1, 0].mean())
     assert curve[-1][1] == logged.losses[699, 1, 0]
+
+
+def test_a_late_start_adds_no_point_to_the_curves(storage, monkeypatch):
+    monkeypatch.setattr(mlflow_sink, "CURVE_SECONDS", 0.3)
+    folder = RunFolder.create(storage, "late")
+    sink = MlflowSink.open(Settings(uri="http://127.0.0.1:9"), folder, {}, OBJECTIVES, WEIGHTS, 10_000)
+    time.sleep(0.4)  # as a run takes to start
+    losses = np.zeros((1, len(WEIGHTS), len(OBJECTIVES)))
+    told = []
+    for step, pause in ((1, 0.0), (2, 0.4), (3, 0.0)):
+        time.sleep(pause)
+        sink.log_training_losses([step], losses)
+        told.append([line["steps"] for line in folder.lines(JOURNAL) if line["kind"] == "training losses"])
+    sink.close("KILLED", timeout=0.0)
+    assert told == [[], [[2]], [[2]]]
 
 
 def test_values_that_are_not_finite_are_left_out_and_tagged(logged):
