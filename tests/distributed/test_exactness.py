@@ -149,6 +149,7 @@ def test_moments_in_buckets_and_uneven_blocks_and_fine_tuning_equal_the_referenc
     np.testing.assert_allclose(ours, [(one.before, one.after, one.kept) for one in population.fine_tuned], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_rival_with_transfer_equals_the_reference(run):
     plan, folder, _ = run(config(2, "adapt_then_combine", train={"gradient": {"name": "UPGrad"}}))
     assert plan.transport.overlap.startswith("none: a gradient method needs")
@@ -157,6 +158,7 @@ def test_a_rival_with_transfer_equals_the_reference(run):
     assert largest_difference(states(folder), reference(scalar)[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_rows_that_go_only_where_they_are_taken_equal_the_reference(run):
     kernel = {"kernel": "nearest", "nearest": 1, "transport": "collective"}
     plan, folder, _ = run(config(2, transfer=kernel))

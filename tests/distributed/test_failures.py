@@ -18,7 +18,7 @@ NO_ROOM = (
 )
 
 
-@pytest.mark.parametrize(("strength", "blamed"), [(0.6, True), (0.5, False)])
+@pytest.mark.parametrize(("strength", "blamed"), [(0.6, True), pytest.param(0.5, False, marks=pytest.mark.slow)])
 def test_losses_that_all_turn_nan_name_subproblem_objective_and_step(run, tmp_path, strength, blamed):
     """And, where the coefficients are such that the transfer may be the cause, says that it may."""
     data = config(2, transfer={"strength": strength}, scalarization={"name": "weighted_sum"})
