@@ -141,24 +141,53 @@ def norms(pieces: Sequence[Tensor]) -> list[float]:
     return found
 
 
-def exploded_moments(before: Sequence[float], after: Sequence[float], out: Sequence[bool]) -> list[int]:
-    """Which rows' moments must not reach others: they grow in one step beyond all proportion.
+class Moments:
+    """The norms of the moments of an optimizer that are mixed, as the k rows' own steps leave them.
 
-    A hundred times a hundred, both beside what the moment was and beside what the others' grow by. Of a moment that was
-    0 nothing is known.
+    A moment explodes where it grows in one step beyond all proportion: a hundred times a hundred, both beside the
+    largest that it was and beside what the others' grow by. Of one that was always 0 nothing is known. That it was
+    large once counts: moments fade while there are no gradients, as where all margins are kept or labels are rare, and
+    come back in one step.
 
-    Args:
-        before: the norms of k moments before the step.
-        after: and after it.
-        out: for each row, whether it is out already.
+    Attributes:
+        largest: for each row and moment the largest norm of it, of all columns, after a step of the row's own.
+        after: the norms in the step that is being taken, of the columns of the buckets so far, likewise.
     """
-    growth = [now / was if was > 0 else math.nan for was, now in zip(before, after, strict=True)]
-    found = []
-    for i, ratio in enumerate(growth):
-        others = [g for j, g in enumerate(growth) if j != i and not out[j] and math.isfinite(g)]
-        if not out[i] and ratio > MOMENT_EXPLOSION * max(1.0, median(others) if others else 1.0):
-            found.append(i)
-    return found
+
+    def __init__(self, rows: int, moments: int) -> None:
+        self.largest = [[0.0] * moments for _ in range(rows)]
+        self.after = [[0.0] * moments for _ in range(rows)]
+
+    def stepped(self, moment: int, before: Sequence[float], after: Sequence[float], out: Sequence[bool]) -> list[int]:
+        """The rows have stepped in the columns of a bucket, and their moments of it are not mixed yet.
+
+        Args:
+            moment: which one.
+            before: the k norms before the step; none before the first.
+            after: and after it.
+            out: for each row, whether it is out already.
+
+        Returns:
+            The rows whose moment must not reach others.
+        """
+        growth = []
+        for i, now in enumerate(after):
+            self.after[i][moment] = math.hypot(self.after[i][moment], now)
+            was = max(before[i] if before else 0.0, self.largest[i][moment])
+            growth.append(now / was if was > 0 else math.nan)
+        found = []
+        for i, ratio in enumerate(growth):
+            others = [g for j, g in enumerate(growth) if j != i and not out[j] and math.isfinite(g)]
+            if not out[i] and ratio > MOMENT_EXPLOSION * max(1.0, median(others) if others else 1.0):
+                found.append(i)
+        return found
+
+    def end(self, out: Sequence[bool]) -> None:
+        """The step is over; a row that is out by now has taught nothing by it."""
+        for i, sizes in enumerate(self.after):
+            if not out[i]:
+                self.largest[i] = [max(pair) for pair in zip(self.largest[i], sizes, strict=True)]
+            self.after[i] = [0.0] * len(sizes)
 
 
 def wrong_buffer(

@@ -32,7 +32,7 @@ from popmtl.method.curves import Curves
 from popmtl.method.flat import Layout
 from popmtl.method.gradient_rows import ALL, GradientRows, Rows
 from popmtl.method.gradients import GradientMethod, find_shared, task_gradients
-from popmtl.method.health import Sizes, exploded_moments, norms, wrong_buffer, wrong_memory
+from popmtl.method.health import Moments, Sizes, norms, wrong_buffer, wrong_memory
 from popmtl.method.mixing import LocalProduct, Mixing, deferred, eager
 from popmtl.method.optimizers import (
     Clip,
@@ -172,6 +172,7 @@ class Block:
         taken: what others see of the rows in a step of consensus, (k, S): as they were before it, whatever the losses
             write to parameters meanwhile. None where a mixing has taken all that it needs when it is called.
         sizes: of the rows, by which one that explodes is known.
+        moment_sizes: likewise, of the moments that are mixed.
         curves: what steps told of themselves, until that is taken.
         out: for each row, whether it is out of the population.
         departures: of rows, since they were last taken from this list.
@@ -235,6 +236,7 @@ class Block:
         self.sizes = Sizes(count, self.buckets, recipe.largest_step)
         self.optimizers = self.new_optimizers(recipe.optimizer, recipe.lr_schedule, recipe.groups, self.buckets)
         self.moments = moment_names(recipe.optimizer) if recipe.mix_moments else []
+        self.moment_sizes = Moments(count, len(self.moments))
         self.gradient_rows = GradientRows(self.layout, self.models, self.gradients)
         self.task_gradients: list[tuple[Tensor, list[bool]]] = []
         self.curves = Curves(count)
@@ -346,6 +348,7 @@ class Block:
         losses = step(t, z, A_t, mix)
         self.project()
         self._leave_for(self.sizes.end(self.rows, self.out), t)
+        self.moment_sizes.end(self.out)
         for departed in self.departures:  # not before all exchanges are over: others may read the row in place
             if departed.step == t:
                 self.rows[self.subproblems.index(departed.subproblem)] = math.nan
@@ -572,12 +575,12 @@ class Block:
             before: the norms of the moments before the step; none before the first.
         """
         wrong = self.sizes.stepped(self.rows, bucket, self.out)
-        for sizes, part in itertools.zip_longest(before, parts[1:]):
+        for moment, (sizes, part) in enumerate(itertools.zip_longest(before, parts[1:], fillvalue=())):
             after = norms(part)
             for i, piece in enumerate(part):
                 if not (math.isfinite(after[i]) or self.out[i] or piece.isfinite().all()):
                     wrong.setdefault(i, "the optimizer's memory of subproblem {} is not finite")
-            for i in exploded_moments(sizes, after, self.out) if sizes else []:
+            for i in self.moment_sizes.stepped(moment, sizes, after, self.out):
                 wrong.setdefault(i, "the optimizer's memory of subproblem {} has exploded")
         self._leave_for(wrong, t)
         for i in [i for i, out in enumerate(self.out) if out]:

@@ -47,6 +47,7 @@ def take(block: Block, optimizers: Optimizers) -> list[RowState]:
         stream, held = block.feed.state(i)
         numbers = {"optimizer": memory, "out": block.out[i], "awaited": plain, "stream": stream}
         numbers["largest_step"] = block.sizes.largest[i]
+        numbers["largest_moments"] = list(block.moment_sizes.largest[i])
         states.append(RowState(state.tensors | tensors | held, state.numbers | numbers))
     return states
 
@@ -64,6 +65,8 @@ def put(block: Block, optimizers: Optimizers, states: Sequence[RowState]) -> Non
         put_model(block, i, state)
         block.out[i] = state.numbers["out"]
         block.sizes.largest[i] = state.numbers["largest_step"]
+        if len(known := state.numbers.get("largest_moments", ())) == len(block.moments):  # an older one has none
+            block.moment_sizes.largest[i] = list(known)
         optimizers.remember(i, state.numbers["optimizer"], state.tensors)
         block.feed.streams[i].restore(state.numbers["stream"], state.tensors)
         awaited.append(unpack(state.numbers["awaited"], {}))

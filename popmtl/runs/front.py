@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from popmtl.method.front import Hypervolume
@@ -107,7 +108,7 @@ class Front:
         """The hypervolume, to be shown: an estimate says that it is one."""
         return Hypervolume(self.hypervolume, self.hypervolume_error)
 
-    @property
+    @cached_property
     def chosen_on(self) -> Split:
         """The split by which members are compared and chosen: validation; test where its figures are all there is."""
         return "test" if any(member.validation is None for member in self.members) else "validation"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from popmtl.method.front import measured_hypervolume
 from popmtl.runs.front import Front
+from popmtl.text import cut, printable
 
 Points = NDArray[np.float64]
 
@@ -32,15 +33,22 @@ MOST_NUMBERS = 5
 MOST_LEVEL = 8
 # Width and height of a label's character, in pixels.
 CHARACTER = (10, 15)
+# Of a name that is longer, which leaves no room for the picture, or takes minutes to lay out, the beginning is drawn.
+LONGEST_NAME = 80
+# What is larger has no place on an axis: matplotlib takes differences and squares.
+LARGEST = 1e150
+# A name is drawn as it is written: "$" in it begins no formula, which might be none.
+AS_WRITTEN: Any = {"text.parse_math": False, "text.usetex": False}
 
 
+@rc_context(AS_WRITTEN)
 def draw_front(front: Front, file: Path | BinaryIO) -> None:
     """Draws the Pareto set, on the split by which members are chosen, to a PNG file of 1200 × 900 pixels.
 
     Two objectives: the members, the staircase of the non-dominated ones and the area up to the reference point that
     the hypervolume measures. Otherwise: parallel coordinates, each objective scaled to the range of the non-dominated
     members. Dominated members are grey, the others coloured by their first weight; each carries its subproblem's
-    number. Members whose objectives are not finite are named in the title.
+    number. Members whose objectives are not finite, or beyond all bounds, are named in the title.
 
     Raises:
         OSError: the file cannot be written.
@@ -51,17 +59,18 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
     split = front.chosen_on
     F = np.array([front.figures(member).objectives for member in front.members], dtype=np.float64)
     F = F.reshape(len(front.members), len(front.objectives))
-    drawable = np.isfinite(F).all(axis=1)
+    drawable = (np.abs(F) <= LARGEST).all(axis=1)
     best = np.array([member.non_dominated for member in front.members], dtype=bool) & drawable
     numbers = np.array([member.subproblem for member in front.members])
     notes = []
     if not drawable.all():
-        notes.append(f"not drawn, values not finite: {_listed(numbers[~drawable])}")
+        why = "not finite" if not np.isfinite(F).all() else "too large"
+        notes.append(f"not drawn, values {why}: {_listed(numbers[~drawable])}")
     if best.any():
         draw = _scatter if len(front.objectives) == 2 else _parallel
         notes += draw(axes, front, F, best, drawable & ~best, numbers)
         weights = ScalarMappable(Normalize(0, 1), colormaps["viridis"])
-        figure.colorbar(weights, ax=axes, label=f"weight of {front.objectives[0]}", shrink=0.7, pad=0.02)
+        figure.colorbar(weights, ax=axes, label=f"weight of {_name(front.objectives[0])}", shrink=0.7, pad=0.02)
     else:
         axes.set_axis_off()
     volume = measured_hypervolume(F, front.reference_point) if split == "validation" else front.volume
@@ -85,6 +94,7 @@ def draw_front(front: Front, file: Path | BinaryIO) -> None:
     figure.savefig(file, format="png")
 
 
+@rc_context(AS_WRITTEN)
 def draw_fronts(
     names: Sequence[str], objectives: Sequence[str], fronts: Sequence[Points], file: Path | BinaryIO
 ) -> None:
@@ -106,6 +116,7 @@ def draw_fronts(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     columns = range(len(objectives))
+    fronts = [F[(np.abs(F) <= LARGEST).all(axis=1)] for F in fronts]
     handles = []
     for i, F in enumerate(fronts):
         # Nine markers for ten colours: a colour that comes back has another marker.
@@ -121,17 +132,19 @@ def draw_fronts(
             axes.step(steps[:, 0], steps[:, 1], where="post", alpha=0.8, **style)
         else:
             together = np.vstack(fronts)
+            if not len(together):
+                continue
             low, spread = together.min(axis=0), np.ptp(together, axis=0)
             heights = np.where(spread > 0, (F - low) / np.where(spread > 0, spread, 1.0), 0.5)
             for row in heights:
                 axes.plot(columns, row, alpha=0.8, **style)
     if len(objectives) == 2:
-        axes.set_xlabel(f"{objectives[0]}, test")
-        axes.set_ylabel(f"{objectives[1]}, test")
+        axes.set_xlabel(f"{_name(objectives[0])}, test")
+        axes.set_ylabel(f"{_name(objectives[1])}, test")
     else:
-        axes.set_xticks(columns, list(objectives), rotation=90 if len(objectives) > MOST_LEVEL else 0)
+        axes.set_xticks(columns, [_name(one) for one in objectives], rotation=90 if len(objectives) > MOST_LEVEL else 0)
         axes.set_ylabel("objectives on the test split, lower is better, scaled to the range of all fronts")
-    axes.legend(handles, list(names), loc="best", fontsize=8.5, frameon=False)
+    axes.legend(handles, [_name(name) for name in names], loc="best", fontsize=8.5, frameon=False)
     figure.savefig(file, format="png")
 
 
@@ -146,7 +159,7 @@ def _scatter(
     """Two objectives. Returns what is to be said beside the picture."""
     notes = []
     low, high = F[best].min(axis=0), F[best].max(axis=0)
-    reference = np.asarray(front.reference_point, dtype=np.float64)
+    reference = np.clip(np.asarray(front.reference_point, dtype=np.float64), -LARGEST, LARGEST)
     # A front without width, such as one member's, is shown at the scale of what it leaves to the reference point.
     span = np.where(high > low, high - low, np.where(reference > high, reference - high, np.maximum(np.abs(high), 1.0)))
     limit = high + REACH * span
@@ -178,8 +191,8 @@ def _scatter(
         )
     if shown.any() or reached:
         axes.legend(loc="best", fontsize=8.5, frameon=False)
-    axes.set_xlabel(f"{front.objectives[0]}, {front.chosen_on}")
-    axes.set_ylabel(f"{front.objectives[1]}, {front.chosen_on}")
+    axes.set_xlabel(f"{_name(front.objectives[0])}, {front.chosen_on}")
+    axes.set_ylabel(f"{_name(front.objectives[1])}, {front.chosen_on}")
     # Below and left of a non-dominated point there is no other point: that is where its number stands.
     left_out = _label(axes, F[best], numbers[best], (-4, -4), "right", "top", "0.15")
     left_out += _label(axes, F[shown], numbers[shown], (4, 4), "left", "bottom", "0.55")
@@ -222,7 +235,7 @@ def _parallel(
     colours = _colours(front)
     for row in np.flatnonzero(best):
         axes.plot(columns, heights[row], color=colours[row], linewidth=1.5, marker="o", markersize=4, zorder=2)
-    axes.set_xticks(columns, list(front.objectives), rotation=90 if turned else 0)
+    axes.set_xticks(columns, [_name(one) for one in front.objectives], rotation=90 if turned else 0)
     axes.set_xlim(-0.1 * max(1, len(columns) - 1), columns[-1] + 0.1 * max(1, len(columns) - 1))
     axes.set_ylim(-0.22 if turned else -0.1, top)
     axes.set_yticks([])
@@ -282,6 +295,11 @@ def _label(
             zorder=4,
         )
     return left_out
+
+
+def _name(text: str) -> str:
+    """A name as it is drawn."""
+    return cut(printable(text), LONGEST_NAME)
 
 
 def _unnumbered(count: int) -> list[str]:

@@ -316,6 +316,27 @@ def test_what_an_optimizer_remembers_of_an_explosion_reaches_no_other(spike, lea
     assert (moved[0][others] > 0.3 * moved[1][others]).all(), "the others go on as they would"
 
 
+@pytest.mark.parametrize("optimizer", [adam, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)])
+def test_a_moment_that_faded_comes_back_without_an_explosion(optimizer):
+    """Labels are rare, or all margins are kept: for a hundred steps and more a row has no gradient."""
+
+    class Rare(Plants):
+        def losses(self, model, batch):
+            return super().losses(model, batch) * (0.0 if model.training and not batch[1] else 1.0)
+
+    problem = Rare(lambda model: None, steps=[0, 150, 300])
+    block = Block(problem, range(N), W, recipe("adapt_then_combine", optimizer, mix_moments=True))
+    block.run(Chunk(0, np.ones(200), M, np.zeros(2)))
+    assert block.take_departures() == []
+    again = Block(problem, range(N), W, recipe("adapt_then_combine", optimizer, mix_moments=True))
+    put(again, again.optimizers, take(block, block.optimizers))
+    assert again.moment_sizes.largest == block.moment_sizes.largest
+    for one in (block, again):
+        one.run(Chunk(200, np.ones(150), M, np.zeros(2)))
+        assert one.take_departures() == []
+    assert torch.equal(block.rows, again.rows)
+
+
 @pytest.mark.parametrize("rows", [range(N), [0]])
 def test_a_rate_that_jumps_is_no_explosion_even_of_a_row_alone(rows):
     class FromZero(Plants):

@@ -1,5 +1,7 @@
 """front.png: that every kind of front is drawn, and that the marks are where they belong."""
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from matplotlib.image import imread
 from popmtl.method.front import hypervolume, non_dominated
 from popmtl.runs import picture
 from popmtl.runs.front import Front, Member
-from popmtl.runs.picture import draw_front
+from popmtl.runs.picture import draw_front, draw_fronts
 
 NAN = np.nan
 
@@ -128,3 +130,30 @@ def test_numbers_are_not_written_over_each_other(drawn):
 def test_pyplot_is_not_used(drawn, monkeypatch):
     monkeypatch.setattr(matplotlib, "use", lambda *a, **k: pytest.fail("the caller's backend was changed"))
     drawn(*SHAPES["two objectives"])
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("name", ["$\\no_formula$ in $", "W" * 200_000, "a\n" * 5000, "\0\x1b]0;x\a\u202e", "€ 質量"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_any_name_is_drawn_as_it_is_written_and_not_without_end(tmp_path, m, name):
+    F = np.eye(m)
+    named = replace(front(F, np.full(m, 1.1)), objectives=[name] * m)
+    for file in (tmp_path / "front.png", tmp_path / "fronts.png"):
+        if file.stem == "front":
+            draw_front(named, file)
+        else:
+            draw_fronts([name, "b"], named.objectives, [F, F], file)
+        assert imread(file).shape[:2] == (900, 1200)
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("reference", [1.1, 1.7e308, -1.7e308])
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 1e200, 5e-324])
+def test_numbers_beyond_all_bounds_are_left_out(tmp_path, m, reference, value):
+    F = np.eye(m)
+    F[0] = value
+    draw_front(front(F, np.full(m, reference)), tmp_path / "front.png")
+    draw_fronts(["a", "b"], ["f"] * m, [F, -F], tmp_path / "fronts.png")
+    draw_fronts(["a", "b"], ["f"] * m, [F[:1], F[:1]], tmp_path / "fronts.png")
+    for file in ("front.png", "fronts.png"):
+        assert imread(tmp_path / file).shape[:2] == (900, 1200)
