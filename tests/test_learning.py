@@ -34,7 +34,8 @@ def test_the_default_config_learns_a_front():
     assert sum(one.kept for one in population.fine_tuned) >= 4
 
 
-@pytest.mark.parametrize("batch", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [2, 4])
 def test_transfer_gains_where_the_data_is_noisy(batch):
     """At a rate that suits training without transfer; with it, higher ones are better still."""
     overrides = (f"problem.batch_size={batch}", "train.steps=600", "train.optimizer.lr=0.003", "fine_tune.steps=0")

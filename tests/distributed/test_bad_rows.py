@@ -17,7 +17,7 @@ from popmtl.runs.results import load_model, load_state
 SLOW = pytest.mark.slow
 RUNS = [
     ("shared_memory", "consensus"),
-    ("collective", "adapt_then_combine"),
+    pytest.param("collective", "adapt_then_combine", marks=SLOW),
     pytest.param("coordinator", "consensus", marks=SLOW),
     pytest.param("shared_memory", "adapt_then_combine", marks=SLOW),
     pytest.param("collective", "consensus", marks=SLOW),

@@ -1,6 +1,6 @@
 """What is not finite, or beyond all proportion, planted in every place between real actors: no other row has it.
 
-python tests/distributed/test_bad_rows_in_all_places.py    prints the table of what left, and when
+PYTHONPATH=tests python tests/distributed/test_bad_rows_in_all_places.py    prints the table of what left, and when
 """
 
 import itertools

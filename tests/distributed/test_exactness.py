@@ -129,9 +129,8 @@ def test_the_reference_is_not_independent_training(run):
     assert largest_difference(states(folder), reference(plan)[1]) < 1e-10
 
 
-@pytest.mark.parametrize(
-    "transport", ["collective", pytest.param("shared_memory", marks=SLOW), pytest.param("coordinator", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["collective", "shared_memory", "coordinator"])
 def test_moments_in_buckets_and_uneven_blocks_and_fine_tuning_equal_the_reference(run, monkeypatch, transport):
     monkeypatch.setattr("popmtl.distributed.transport.BUCKET_BYTES", 64)
     data = config(

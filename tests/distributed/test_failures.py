@@ -31,6 +31,7 @@ def test_losses_that_all_turn_nan_name_subproblem_objective_and_step(run, tmp_pa
     assert (last["kind"], last["error"]) == ("failed", str(failure.value))
 
 
+@pytest.mark.slow
 def test_actors_that_find_no_room_end_the_start_and_say_what_is_free(run):
     @ray.remote(num_cpus=3)
     class Occupant:

@@ -18,6 +18,7 @@ from popmtl.runs.checkpoint import checkpoints
 from popmtl.runs.folder import RunFolder
 
 
+@pytest.mark.slow
 def test_an_actor_that_does_not_share_the_storage_is_named_with_its_host(run, tmp_path, monkeypatch):
     tries = [sys.executable, "-c", f"import apart; apart.cover({str(tmp_path)!r})"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -261,7 +261,7 @@ def test_without_example_or_models(logged, storage):
     [
         ("nonsense://somewhere", "opening: "),
         ("sqlite:////proc/none/mlflow.db", "opening: "),
-        ("http://127.0.0.1:9", ""),
+        pytest.param("http://127.0.0.1:9", "", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_store_does_not_raise_but_is_reported(tmp_path, uri, about, caplog):
