@@ -144,10 +144,10 @@ def norms(pieces: Sequence[Tensor]) -> list[float]:
 class Moments:
     """The norms of the moments of an optimizer that are mixed, as the k rows' own steps leave them.
 
-    A moment explodes where it grows in one step beyond all proportion: a hundred times a hundred, both beside the
-    largest that it was and beside what the others' grow by. Of one that was always 0 nothing is known. That it was
-    large once counts: moments fade while there are no gradients, as where all margins are kept or labels are rare, and
-    come back in one step.
+    A moment explodes where one step makes it more than ten thousand times its largest norm so far, and ten thousand
+    times more than the median growth of the others. A moment that was always 0 is not judged. The largest norm counts,
+    and not the last one: moments fade while there are no gradients (all margins are kept, labels are rare), and come
+    back in one step.
 
     Attributes:
         largest: for each row and moment the largest norm of it, of all columns, after a step of the row's own.
@@ -183,7 +183,7 @@ class Moments:
         return found
 
     def end(self, out: Sequence[bool]) -> None:
-        """The step is over; a row that is out by now has taught nothing by it."""
+        """Ends the step. Rows that are out by now keep their largest norms from before it."""
         for i, sizes in enumerate(self.after):
             if not out[i]:
                 self.largest[i] = [max(pair) for pair in zip(self.largest[i], sizes, strict=True)]

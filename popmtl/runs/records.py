@@ -532,6 +532,7 @@ class RowNumbers(TypedDict):
     optimizer: dict[str, Any]
     out: bool
     largest_step: float
+    largest_moments: NotRequired[list[float]]
     awaited: Any
     stream: StreamState
     extra: Any
